@@ -1,0 +1,151 @@
+"""The whole model as the command line sees it: a source and a recipe. Makes the tasks of single blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+
+from ptql import __version__
+from ptql.calibration.activations import Streams
+from ptql.calibration.block_task import BlockTask
+from ptql.checkpoint import Checkpoint, resolve
+from ptql.errors import InputError
+from ptql.formats.ptql import PackedFormat
+from ptql.nn.student import biased_linears, make_student, weights_of
+from ptql.parts import settings
+from ptql.parts.activations import ActivationQuantizer, DynamicTokens
+from ptql.parts.objectives import Objective, Reconstruction
+from ptql.parts.transforms import AddedBiases, BlockFacts, InputRange, Transform
+from ptql.parts.weights import Affine, WeightQuantizer
+from ptql.recipe import ActivationScheme, IntScheme
+
+
+def adamw(params: Iterable[Any]) -> torch.optim.Optimizer:
+    """AdamW without weight decay, as in OmniQuant and LRQuant; parts bring their own learning rates."""
+    return torch.optim.AdamW(params, weight_decay=0.0)
+
+
+class QuantLM(LightningModule):
+    """A causal language model to quantise, and the recipe.
+
+    Args:
+        source: Hugging Face model directory, or a hub id (owner/name).
+        method: What the recipe is called in results.
+        weight: Number format of the matrices in the blocks.
+        activation: Number format of the activations in the blocks.
+        transforms: Rewrite each block's weights, in order, before rounding.
+        weight_quantizer: Rounds the matrices.
+        activation_quantizer: Rounds activations.
+        objective: The loss of a block.
+        optimizer: Learns the parameters of transforms and weight quantisers.
+        matmul: Precision of float32 matrix products on a GPU: `high` is TF32, `highest` is float32. What is folded
+            and rounded is computed in float32 either way.
+    """
+
+    def __init__(
+        self,
+        source: str | None = None,
+        method: str = "custom",
+        weight: IntScheme = IntScheme(),  # noqa: B008
+        activation: ActivationScheme = ActivationScheme(),  # noqa: B008
+        transforms: list[Transform] | None = None,
+        weight_quantizer: WeightQuantizer | None = None,
+        activation_quantizer: ActivationQuantizer | None = None,
+        objective: Objective | None = None,
+        optimizer: OptimizerCallable = adamw,
+        matmul: Literal["highest", "high"] = "high",
+    ) -> None:
+        super().__init__()
+        self.matmul: Literal["highest", "high"] = matmul
+        self.source = source
+        self.method = method
+        self.weight = weight
+        self.activation = activation
+        self.transforms = [t for t in transforms or [] if t.applies(weight, activation)]
+        self.weight_quantizer = weight_quantizer or Affine()
+        self.activation_quantizer = activation_quantizer or DynamicTokens()
+        self.objective = objective or Reconstruction()
+        self.optimizer = optimizer
+
+    def open(self) -> Checkpoint:
+        """The source, for quantising: `InputError` if it is missing or quantised already."""
+        if self.source is None:
+            raise InputError("--model.source is missing: say which model; a directory or a hub id (owner/name)")
+        source = Checkpoint(resolve(Path(self.source) if Path(self.source).exists() else self.source))
+        if source.packed is not None:
+            raise InputError(f"{self.source}: quantised by ptql already; give the original model")
+        return source
+
+    def identity(self) -> dict[str, Any]:
+        """Every setting of the recipe that decides the result, as JSON values."""
+        optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
+        return {
+            "ptql": __version__,
+            "weight": asdict(self.weight),
+            "activation": asdict(self.activation),
+            "transforms": [settings(t) for t in self.transforms],
+            "weight_quantizer": settings(self.weight_quantizer),
+            "activation_quantizer": settings(self.activation_quantizer),
+            "objective": settings(self.objective),
+            "optimizer": {"class": type(optimizer).__name__, **_plain(optimizer.defaults)},
+        }
+
+    def added_biases(self, block: nn.Module, source: Checkpoint) -> AddedBiases:
+        """Biases that the transforms need and a block of the source does not have."""
+        added = AddedBiases()
+        for transform in self.transforms:
+            added |= transform.added_biases(source.layout, biased_linears(block, source.layout))
+        return added
+
+    def packed_format(self, source: Checkpoint, added: AddedBiases) -> PackedFormat:
+        """How the result is described in its config.json."""
+        rounds_qkv = self.activation_quantizer.for_attention(self.activation) is not None
+        return PackedFormat(
+            method=self.method,
+            weight=self.weight,
+            activation=self.activation,
+            qkv=rounds_qkv,
+            blocks=source.family.blocks,
+            attention=source.layout.attention.module,
+            linears=source.layout.names,
+            shifted_norms=tuple(sorted(added.norms)),
+            added_biases=tuple(sorted(added.linears)),
+        )
+
+    def student(self, block: nn.Module, source: Checkpoint) -> nn.Module:
+        """Turn a block of the source into the quantised student, in place."""
+        added = self.added_biases(block, source)
+        return make_student(block, source.layout, added, self.activation_quantizer, self.activation)
+
+    def block_task(
+        self, index: int, student: nn.Module, source: Checkpoint, ranges: dict[str, InputRange], streams: Streams
+    ) -> BlockTask:
+        """What learns block `index`, on the student's device."""
+        weights = weights_of(student)
+        facts = BlockFacts(source.layout, weights, ranges, index, source.num_blocks)
+        quantizers = {
+            name: self.weight_quantizer.for_linear(name, weights[f"{name}.weight"], self.weight)
+            for name in source.layout.names
+            if self.weight.quantised
+        }
+        task = BlockTask(
+            student,
+            streams.context,
+            [transform.for_block(facts) for transform in self.transforms],
+            quantizers,
+            self.objective,
+            self.optimizer,
+            source.dtype(),
+        )
+        return task.to(next(student.parameters()).device)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if isinstance(value, (str, int, float, bool, tuple, list))}

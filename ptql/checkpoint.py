@@ -1,0 +1,205 @@
+"""A Hugging Face model directory, read one transformer block at a time; the whole model is never built."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ptql.errors import InputError
+from ptql.families import family_of
+from ptql.formats.ptql import PackedFormat, prepare_block, unpack_block
+from ptql.nn import attention
+from ptql.shell import Shell
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SAMPLES = 64  # places of 64 KiB that stand for a whole weight file in its fingerprint
+
+
+class Checkpoint:
+    """The configuration, the block layout and the tensors of a model directory.
+
+    Args:
+        directory: Holds config.json and safetensors files, full precision or packed by ptql.
+
+    Raises:
+        InputError: No such directory, not a model, unknown family, weights that aren't safetensors, or a model
+            that another tool has quantised.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        settings = _read_config(self.directory)
+        self.family = family_of(settings.get("model_type", ""))
+        quantization = settings.get("quantization_config")
+        if quantization is not None and quantization.get("quant_method") != "ptql":
+            raise InputError(
+                f"{directory}: quantised by {quantization.get('quant_method')!r} already; give the original model"
+            )
+        self.packed = None if quantization is None else PackedFormat.from_dict(quantization)
+        self.config = AutoConfig.from_pretrained(self.directory, local_files_only=True)
+        self.layout = self.family.layout(self.config)
+        self.files = _tensor_files(self.directory)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def context(self) -> int:
+        """The longest window, in tokens, that the model was made for."""
+        return self.config.max_position_embeddings
+
+    @cached_property
+    def _skeleton(self) -> nn.Module:
+        """The causal language model with every parameter on the meta device, buffers (RoPE's) real."""
+        attention.register()
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                self.config, dtype=torch.float32, attn_implementation=attention.NAME
+            )
+        return model.eval().requires_grad_(False)
+
+    def block(self, index: int) -> nn.Module:
+        """Block `index` in float32 on the CPU, its linear layers dense; packed ones are unpacked."""
+        block = copy.deepcopy(self._skeleton.get_submodule(f"{self.family.blocks}.{index}"))
+        if self.packed is not None:
+            prepare_block(block, self.packed)
+        prefix = f"{self.family.blocks}.{index}."
+        wanted = block.state_dict()
+        tensors = self.read(prefix + name for name in wanted)
+        block.load_state_dict({name.removeprefix(prefix): _widen(t) for name, t in tensors}, assign=True)
+        if self.packed is not None:
+            unpack_block(block)
+        return block.eval().requires_grad_(False)
+
+    def shell(self) -> Shell:
+        """Everything but the blocks, in float32 on the CPU: embeddings, final norm, head."""
+        model = copy.copy(self._skeleton)
+        outside = copy.deepcopy(_without_blocks(model, self.family.blocks))
+        names = [name for name, _ in outside.named_parameters()]
+        tied = getattr(self.config, "tie_word_embeddings", False)
+        head = "lm_head.weight"
+        if tied and head in names and not self._stored(head):
+            names.remove(head)
+        loaded = {name: _widen(tensor) for name, tensor in self.read(names)}
+        outside.load_state_dict(loaded, assign=True, strict=False)
+        if head not in loaded:
+            outside.get_submodule("lm_head").weight = outside.get_input_embeddings().weight
+        return Shell(outside.requires_grad_(False), self.family.blocks)
+
+    def outside_names(self) -> list[str]:
+        """Names, as stored, of every tensor that belongs to no block."""
+        blocks = (self.family.blocks + ".", self.family.blocks.removeprefix("model.") + ".")
+        return [name for name in self.files if not name.startswith(blocks)]
+
+    def _stored(self, name: str) -> str | None:
+        """The name under which a tensor is stored: some OPT files leave the `model.` out."""
+        short = name.removeprefix("model.")
+        return name if name in self.files else short if short in self.files else None
+
+    def read(self, names: Iterator[str] | list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor, as stored, one after the other; the pages of the files are let go at the end."""
+        by_file: dict[Path, list[tuple[str, str]]] = {}
+        for name in names:
+            stored = self._stored(name)
+            if stored is None:
+                raise InputError(f"{self.directory}: tensor {name} is missing; the model directory is incomplete")
+            by_file.setdefault(self.files[stored], []).append((name, stored))
+        for file, pairs in by_file.items():
+            with safe_open(file, "pt") as tensors:
+                for name, stored in pairs:
+                    yield name, tensors.get_tensor(stored).clone()
+
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the first block's first matrix is stored."""
+        name = self._stored(f"{self.family.blocks}.0.{self.layout.names[0]}.weight")
+        with safe_open(self.files[name or ""], "pt") as tensors:
+            return tensors.get_slice(name)[:1].dtype
+
+    def fingerprint(self) -> str:
+        """A hash of config.json and of samples of every weight file: the same model, the same string."""
+        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        for file in sorted(set(self.files.values())):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with open(file, "rb") as stream:
+                for k in range(SAMPLES):
+                    stream.seek(size * k // SAMPLES)
+                    digest.update(stream.read(1 << 16))
+        return digest.hexdigest()
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _without_blocks(model: nn.Module, path: str) -> nn.Module:
+    """A view of `model` whose list of blocks is empty; the original keeps its own."""
+    parent, _, name = path.partition(".")
+    view = copy.copy(model)
+    view._modules = dict(model._modules)
+    child = view._modules[parent]
+    assert child is not None
+    view._modules[parent] = _without_blocks(child, name) if name else nn.ModuleList()
+    return view
+
+
+def _read_config(directory: Path) -> dict:
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such model directory; give one that holds config.json and *.safetensors")
+    try:
+        return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory}: config.json can't be read ({error}); give a Hugging Face directory") from None
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    if (directory / INDEX).is_file():
+        names = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = {name: directory / file for name, file in names.items()}
+    elif (directory / SINGLE).is_file():
+        try:
+            with safe_open(directory / SINGLE, "pt") as tensors:
+                files = dict.fromkeys(tensors.keys(), directory / SINGLE)
+        except SafetensorError as error:
+            raise InputError(f"{directory / SINGLE}: damaged ({error}); fetch the model again") from None
+    else:
+        raise InputError(
+            f"{directory}: no {SINGLE}; only safetensors are read (pickled .bin files can run code): convert first"
+        )
+    for file in set(files.values()):
+        if not file.is_file():
+            raise InputError(f"{file}: named by the index but missing; the model directory is incomplete")
+    return files
+
+
+def resolve(source: str | Path) -> Path:
+    """The directory of `source`: itself, or a hub id (`owner/name`), downloaded once into the hub's cache.
+
+    Raises:
+        InputError: Neither a directory nor a hub id that can be had.
+    """
+    path = Path(source)
+    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        return path
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=wanted))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{source}: no such directory, and the hub did not give it ({reason}); give a model directory"
+        ) from None

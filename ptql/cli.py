@@ -1,0 +1,131 @@
+"""The command line: `ptql fit`, `ptql eval`. Options are the constructors' arguments; files give them too (-c)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ptql.errors import InputError
+
+CONFIGS = "ptql.configs"
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run a command. 0: done; 2: the input was wrong, one line on stderr says how; 130: interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        _run(with_shipped_configs(sys.argv[1:] if args is None else args))
+    except InputError as error:
+        print(f"ptql: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ptql: interrupted; the same command goes on after the last finished block", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(args: list[str]) -> None:
+    # Imported here: --help of a typo should not take the seconds that Lightning and transformers need.
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+    from ptql.calibration.data import CalibrationData
+    from ptql.calibration.quant_lm import QuantLM
+    from ptql.calibration.trainer import BlockTrainer
+    from ptql.callbacks import BlockCallback, BlockProgress
+
+    class Parser(LightningArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            raise InputError(" ".join(str(message).split()))
+
+    class SaveRunConfig(SaveConfigCallback, BlockCallback):
+        """Writes the merged configuration to RUN/config.yaml when the run starts, learned or not."""
+
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            return None
+
+        def on_model_start(self, trainer: BlockTrainer, model: QuantLM) -> None:
+            self.parser.save(self.config, trainer.run_dir / "config.yaml", overwrite=True, skip_none=False)
+
+    class CLI(LightningCLI):
+        def init_parser(self, **kwargs: Any) -> Parser:
+            kwargs.setdefault("dump_header", None)
+            parser = Parser(**kwargs)
+            parser.add_argument("-c", "--config", action="config", help="Configuration file; later ones win.")
+            return parser
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {"fit": {"model", "datamodule"}, "eval": {"model", "datamodule"}}
+
+        def _parse_ckpt_path(self) -> None:
+            """Runs continue from their ledger, so there is no checkpoint whose settings could be merged in."""
+
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="LightningCLI.s args parameter")  # main(args) is how tests call it
+    warnings.filterwarnings("ignore", message=".*modules? in eval mode at the start of training.*")  # on purpose
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    CLI(
+        QuantLM,
+        CalibrationData,
+        trainer_class=BlockTrainer,
+        trainer_defaults={
+            "callbacks": BlockProgress(),
+            "default_root_dir": "ptql-run",
+            "devices": 1,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 10,
+            "max_epochs": 20,
+            "use_distributed_sampler": False,
+        },
+        seed_everything_default=2,
+        save_config_callback=SaveRunConfig,
+        save_config_kwargs={"overwrite": True, "save_to_log_dir": True},
+        auto_configure_optimizers=False,
+        parser_kwargs={"prog": "ptql"},
+        args=args,
+    )
+
+
+def with_shipped_configs(args: list[str]) -> list[str]:
+    """The arguments, with `-c methods/lrquant` made the path of the shipped file where no such file lies here."""
+    found, config_next = [], False
+    for arg in args:
+        if config_next:
+            found.append(_config_file(arg))
+        elif arg.startswith("--config="):
+            found.append("--config=" + _config_file(arg.removeprefix("--config=")))
+        else:
+            found.append(arg)
+        config_next = arg in ("-c", "--config")
+    return found
+
+
+def _config_file(name: str) -> str:
+    if Path(name).is_file():
+        return name
+    short = name.removeprefix("configs/").removesuffix(".yaml")
+    try:
+        shipped = files(CONFIGS)
+        if (path := shipped.joinpath(f"{short}.yaml")).is_file():
+            return str(path)
+        known = sorted(
+            f"{folder.name}/{file.name.removesuffix('.yaml')}"
+            for folder in shipped.iterdir()
+            if folder.is_dir()
+            for file in folder.iterdir()
+            if file.name.endswith(".yaml")
+        )
+    except ModuleNotFoundError:
+        known = []
+    raise InputError(f"{name}: no such configuration file; a path, or one of the shipped: {', '.join(known)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

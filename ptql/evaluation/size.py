@@ -1,0 +1,53 @@
+"""True size: bits per weight from the bytes that are stored."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from safetensors import safe_open
+
+from ptql.checkpoint import Checkpoint
+
+BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+
+
+def model_size(model: Path, source: Checkpoint) -> dict[str, float | int]:
+    """Stored bits of the packed directory `model`, over the weights that `source` has.
+
+    Returns:
+        `bits_per_weight`: everything stored for the quantised linear layers (codes, scales, zero points, added
+        and own biases) over their weights; `bits_per_weight_with_embeddings`: all tensors over all parameters;
+        `size_bytes`: the weight files on disk; `weights`, `parameters`: the counts behind the two.
+    """
+    prefixes = tuple(
+        f"{source.family.blocks}.{index}.{name}." for index in range(source.num_blocks) for name in source.layout.names
+    )
+    stored_linear = stored = 0
+    for file in model.glob("*.safetensors"):
+        for name, bits in _tensor_bits(file):
+            stored += bits
+            stored_linear += bits if name.startswith(prefixes) else 0
+    weights = parameters = 0
+    for file in set(source.files.values()):
+        for name, count in _tensor_counts(file):
+            parameters += count
+            weights += count if name.startswith(prefixes) and name.endswith(".weight") else 0
+    return {
+        "bits_per_weight": stored_linear / weights,
+        "bits_per_weight_with_embeddings": stored / parameters,
+        "size_bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
+        "weights": weights,
+        "parameters": parameters,
+    }
+
+
+def _tensor_counts(file: Path) -> list[tuple[str, int]]:
+    with safe_open(file, "pt") as tensors:
+        return [(name, math.prod(tensors.get_slice(name).get_shape())) for name in tensors.keys()]  # noqa: SIM118
+
+
+def _tensor_bits(file: Path) -> list[tuple[str, int]]:
+    with safe_open(file, "pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        return [(name, math.prod(s.get_shape()) * BITS[s.get_dtype()]) for name, s in slices.items()]

@@ -1,0 +1,83 @@
+"""Makes `AutoModelForCausalLM.from_pretrained` load packed models: transformers' quantizer "ptql".
+
+`import ptql` calls `register`, so this file imports no more of transformers than the registry; what is needed
+to load a model is imported when one is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "ptql"
+
+
+class PtqlConfig(QuantizationConfigMixin):
+    """`PackedFormat` as transformers wants it; its keyword arguments are the keys of `quantization_config`.
+
+    Raises:
+        InputError: They don't make a format, see `PackedFormat.from_dict`.
+    """
+
+    def __init__(self, **stored: Any) -> None:
+        from ptql.formats.ptql import PackedFormat
+
+        self.quant_method = NAME  # pyright: ignore[reportAttributeAccessIssue]
+        self.format = PackedFormat.from_dict(stored)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.format.to_dict()
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+
+class PtqlQuantizer(HfQuantizer):
+    """Prepares the blocks of a model, still on the meta device, for packed tensors.
+
+    Where queries, keys and values are rounded, the model's attention becomes "ptql", whatever was asked for:
+    another one would leave the rounding out.
+    """
+
+    requires_calibration = True  # a full-precision model becomes a packed one by `ptql fit` only
+    quantization_config: PtqlConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        from ptql.formats.ptql import prepare_block
+        from ptql.nn import attention
+
+        fmt = self.quantization_config.format
+        # Relative to the base model, so that `AutoModel`, which has no head around it, loads as well.
+        blocks = model.base_model.get_submodule(fmt.blocks.removeprefix(model.base_model_prefix + "."))
+        for block in blocks.children():
+            prepare_block(block, fmt)
+        if fmt.rounds_attention:
+            attention.register()
+            model.set_attn_implementation(attention.NAME)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Make `quant_method: ptql` known to transformers. Calling it again is harmless."""
+    if NAME not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(NAME)(PtqlConfig)
+    if NAME not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(NAME)(PtqlQuantizer)

@@ -1,0 +1,173 @@
+"""ptql's own format: what config.json says about a packed model, and how a block is made ready for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from ptql import __version__
+from ptql.errors import InputError
+from ptql.nn.attention import ROUNDING
+from ptql.nn.packed_linear import PackedLinear
+from ptql.nn.quant_linear import QuantLinear, ShiftedNorm
+from ptql.parts.activations.dynamic import TokenRounding
+from ptql.recipe import ActivationScheme, IntScheme
+
+QUANT_METHOD = "ptql"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """How a packed model is to be read: `quantization_config` in its config.json.
+
+    Module names are relative to a block, except `blocks`.
+
+    Args:
+        method: The recipe that made the model, for people.
+        weight: Format of the weights in `linears`.
+        activation: Format of the inputs of `linears`, rounded dynamically per token.
+        qkv: Round queries, keys and values like the other activations.
+        blocks: Module name of the list of blocks in the causal language model.
+        attention: Module name of the attention.
+        linears: The linear layers that are packed.
+        shifted_norms: Norms that were given a bias.
+        added_biases: Linear layers that were given a bias.
+        ptql_version: The version that wrote the model.
+    """
+
+    method: str
+    weight: IntScheme
+    activation: ActivationScheme
+    qkv: bool
+    blocks: str
+    attention: str
+    linears: tuple[str, ...]
+    shifted_norms: tuple[str, ...] = ()
+    added_biases: tuple[str, ...] = ()
+    ptql_version: str = __version__
+
+    @property
+    def rounds_attention(self) -> bool:
+        """Whether queries, keys and values are rounded."""
+        return self.qkv and self.activation.quantised
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON of `quantization_config`."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "ptql_version": self.ptql_version,
+            "method": self.method,
+            "weight": asdict(self.weight),
+            "activation": {"bits": self.activation.bits, "qkv": self.qkv},
+            "blocks": self.blocks,
+            "attention": self.attention,
+            "linears": list(self.linears),
+            "shifted_norms": list(self.shifted_norms),
+            "added_biases": list(self.added_biases),
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> PackedFormat:
+        """The inverse of `to_dict`. Unknown keys are left aside: a change that matters gets a new version.
+
+        Raises:
+            InputError: Another format version, or a key that is missing or of the wrong kind.
+        """
+        version = stored.get("format_version")
+        if version != FORMAT_VERSION:
+            writer = stored.get("ptql_version", "unknown")
+            raise InputError(
+                f"format_version={version!r}: ptql {__version__} reads version {FORMAT_VERSION}; "
+                f"load the model with the ptql that wrote it ({writer}), or quantise it again"
+            )
+        weight, activation = _take(stored, "weight", dict), _take(stored, "activation", dict)
+        return cls(
+            method=_take(stored, "method", str),
+            weight=IntScheme(
+                bits=_take(weight, "bits", int),
+                group_size=_take(weight, "group_size", int),
+                symmetric=_take(weight, "symmetric", bool),
+            ),
+            activation=ActivationScheme(_take(activation, "bits", int)),
+            qkv=_take(activation, "qkv", bool),
+            blocks=_take(stored, "blocks", str),
+            attention=_take(stored, "attention", str),
+            linears=_names(stored, "linears"),
+            shifted_norms=_names(stored, "shifted_norms"),
+            added_biases=_names(stored, "added_biases"),
+            ptql_version=_take(stored, "ptql_version", str),
+        )
+
+
+def prepare_block(block: nn.Module, fmt: PackedFormat) -> None:
+    """Swap modules of one transformer block, in place, for those whose tensors a packed model stores.
+
+    New modules have the device (meta included) and the float dtype of those they replace; packed tensors are
+    zero.
+
+    Raises:
+        InputError: The format names a module that this block does not have.
+    """
+    rounding = TokenRounding(fmt.activation.bits) if fmt.activation.quantised else None
+    for name in fmt.linears:
+        linear = _module(block, name)
+        if not isinstance(linear, nn.Linear):
+            raise InputError(f"{name}: a {type(linear).__name__} is not a linear layer; {_REMEDY}")
+        if name in fmt.added_biases and linear.bias is None:
+            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
+        if fmt.weight.quantised:
+            new: nn.Module = PackedLinear(
+                linear.in_features,
+                linear.out_features,
+                fmt.weight,
+                bias=linear.bias is not None,
+                rounding=rounding,
+                device=linear.weight.device,
+                dtype=linear.weight.dtype,
+            )
+        else:
+            new = QuantLinear(linear.weight, linear.bias, rounding)
+        block.set_submodule(name, new)
+    for name in fmt.shifted_norms:
+        block.set_submodule(name, ShiftedNorm(_module(block, name)))
+    attention = _module(block, fmt.attention)
+    if fmt.rounds_attention:
+        setattr(attention, ROUNDING, TokenRounding(fmt.activation.bits))
+
+
+def unpack_block(block: nn.Module) -> None:
+    """Swap every `PackedLinear` of a block, in place, for its dense float32 twin."""
+    packed = [(name, module) for name, module in block.named_modules() if isinstance(module, PackedLinear)]
+    for name, module in packed:
+        block.set_submodule(name, module.to_dense())
+
+
+_REMEDY = "config.json was edited or belongs to other weights: restore it, or quantise the model again"
+
+
+def _module(block: nn.Module, name: str) -> nn.Module:
+    try:
+        return block.get_submodule(name)
+    except AttributeError:
+        raise InputError(f"{name}: no such module in a {type(block).__name__}; {_REMEDY}") from None
+
+
+def _take(stored: Mapping[str, Any], key: str, kind: type) -> Any:
+    """The value of `key`, which must be there and a `kind`."""
+    if key not in stored:
+        raise InputError(f"quantization_config: {key!r} is missing from version {FORMAT_VERSION}; {_REMEDY}")
+    if type(stored[key]) is not kind:
+        raise InputError(f"quantization_config: {key}={stored[key]!r} is not a {kind.__name__}; {_REMEDY}")
+    return stored[key]
+
+
+def _names(stored: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    names = _take(stored, key, list)
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"quantization_config: {key}={names!r} holds more than names; {_REMEDY}")
+    return tuple(names)

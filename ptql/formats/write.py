@@ -1,0 +1,83 @@
+"""Writes a finished run as a Hugging Face directory: packed blocks, everything else as in the source."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ptql.calibration.ledger import Ledger
+from ptql.checkpoint import INDEX, SINGLE, Checkpoint
+from ptql.formats.ptql import PackedFormat
+
+SHARD_BYTES = 1 << 28  # what is held in memory while writing
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+def write_model(
+    source: Checkpoint, fmt: PackedFormat, ledger: Ledger, out: Path, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write the model directory `out`, whole or not at all; an older one is replaced.
+
+    Holds one shard in memory. Tokenizer and generation settings are copied from the source.
+    """
+    scratch = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    _write_shards(_tensors(source, ledger), scratch, shard_bytes)
+    for pattern in COPIED:
+        for file in source.directory.glob(pattern):
+            if file.name not in ("config.json", INDEX):
+                shutil.copyfile(file, scratch / file.name)
+    config = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = fmt.to_dict()
+    (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(scratch, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _tensors(source: Checkpoint, ledger: Ledger) -> Iterator[tuple[str, Tensor]]:
+    for index in range(source.num_blocks):
+        block = ledger.read(index)
+        if block is None:
+            raise RuntimeError(f"block {index} is missing or damaged in {ledger.folder}; run the same command again")
+        for name, tensor in block[0].items():
+            yield f"{source.family.blocks}.{index}.{name}", tensor
+    yield from source.read(source.outside_names())
+
+
+def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> None:
+    """Fill one file after the other; their number is known at the end, so they are named then."""
+    where: dict[str, int] = {}
+    shard: dict[str, Tensor] = {}
+    count = held = total = 0
+
+    def flush() -> None:
+        nonlocal shard, count, held
+        save_file(shard, folder / f"{count}.part", metadata={"format": "pt"})
+        shard, count, held = {}, count + 1, 0
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if shard and held + size > shard_bytes:
+            flush()
+        shard[name], where[name] = tensor.contiguous(), count
+        held, total = held + size, total + size
+    flush()
+    if count == 1:
+        os.replace(folder / "0.part", folder / SINGLE)
+        return
+    names = [f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
+    for k, name in enumerate(names):
+        os.replace(folder / f"{k}.part", folder / name)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: names[k] for name, k in where.items()}}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

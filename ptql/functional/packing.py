@@ -1,0 +1,68 @@
+"""Codes of 1 to 8 bits as a dense bit stream: the one layout in which ptql stores integers.
+
+Each row is a stream of its own, little-endian: element i takes bits [i * bits, (i + 1) * bits), bit k of a
+row is bit k % 8 of byte k // 8, and the unused bits of the last byte are zero.
+"""
+
+# axes: rows = rows of the matrix; n = codes of a row; bytes = ceil(n * bits / 8)
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import UInt8
+from torch import Tensor
+
+
+def packed_bytes(n: int, bits: int) -> int:
+    """Bytes that a row of `n` codes of `bits` bits takes."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits={bits}: a packed code has 1 to 8 bits; store wider numbers as they are")
+    return -(-n * bits // 8)
+
+
+# Eight codes are exactly `bits` bytes, so both directions go through one 64-bit word for every eight codes:
+# as much memory as the codes take, and no step that touches single bits.
+
+
+def pack(codes: UInt8[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows bytes"]:
+    """The bit stream of each row of `codes`, which are below 2^bits.
+
+    Raises:
+        ValueError: `bits` is not 1 to 8.
+    """
+    rows, n = codes.shape
+    length = packed_bytes(n, bits)
+    assert n == 0 or rows == 0 or int(codes.max()) < 2**bits, f"a code needs more than {bits} bits"
+    eighths = -(-n // 8)
+    by_word = F.pad(codes, (0, eighths * 8 - n)).view(rows, eighths, 8)
+    words = torch.zeros(rows, eighths, dtype=torch.int64, device=codes.device)
+    for i in range(8):
+        words |= by_word[..., i].long() << (i * bits)
+    stream = codes.new_empty(rows, eighths, bits)
+    for j in range(bits):
+        stream[..., j] = words >> (8 * j) & 0xFF
+    return stream.flatten(1)[:, :length].contiguous()
+
+
+def unpack(stream: UInt8[Tensor, "rows bytes"], bits: int, n: int) -> UInt8[Tensor, "rows n"]:
+    """The first `n` codes of each row of a stream written by `pack`.
+
+    Raises:
+        ValueError: `bits` is not 1 to 8, or a row of the stream has not the bytes that `n` codes take.
+    """
+    rows, length = stream.shape
+    if length != packed_bytes(n, bits):
+        raise ValueError(
+            f"{length} bytes a row: {n} codes of {bits} bits take {packed_bytes(n, bits)}; the file is "
+            "damaged or written with another bit width or row length: read it with those"
+        )
+    eighths = -(-n // 8)
+    by_word = F.pad(stream, (0, eighths * bits - length)).view(rows, eighths, bits)
+    words = torch.zeros(rows, eighths, dtype=torch.int64, device=stream.device)
+    for j in range(bits):
+        words |= by_word[..., j].long() << (8 * j)
+    codes = stream.new_empty(rows, eighths, 8)
+    for i in range(8):
+        codes[..., i] = words >> (i * bits) & (2**bits - 1)
+    return codes.flatten(1)[:, :n].contiguous()

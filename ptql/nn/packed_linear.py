@@ -1,0 +1,115 @@
+"""A linear layer that holds its weight as it is stored: packed codes, scales, zero points."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from ptql.functional import affine
+from ptql.functional.packing import pack, packed_bytes, unpack
+from ptql.nn.quant_linear import QuantLinear, Rounding
+from ptql.recipe import IntScheme
+
+# axes: out, in = weight rows, columns; g = groups of columns that share a scale
+
+# Scales are float16 numbers kept as int16, their bit pattern: `from_pretrained(dtype=...)`, `.to(dtype)` and
+# `.half()` cast every floating tensor they meet, and bfloat16 keeps seven of a scale's ten mantissa bits.
+STORED_SCALE = torch.int16
+
+
+def packed_tensors(
+    codes: UInt8[Tensor, "out in"],
+    scale: Float[Tensor, "out g"],
+    zero: UInt8[Tensor, "out g"] | None,
+    bits: int,
+) -> dict[str, Tensor]:
+    """What is stored of one linear layer, from the result of `affine.encode`; keys as in `PackedLinear`."""
+    stored = {"codes": pack(codes, bits), "scale": scale.to(torch.float16).contiguous().view(STORED_SCALE)}
+    return stored if zero is None else {**stored, "zero": pack(zero, bits)}
+
+
+def dense_from_packed(
+    tensors: dict[str, Tensor], in_features: int, scheme: IntScheme
+) -> Float[Tensor, "out {in_features}"]:
+    """The float32 weight that `packed_tensors` stands for.
+
+    Raises:
+        ValueError: The tensors are too long or too short for `in_features` and `scheme`.
+    """
+    groups = scheme.groups(in_features)
+    zero = None if scheme.symmetric else unpack(tensors["zero"], scheme.bits, groups)
+    return affine.dequantize(
+        unpack(tensors["codes"], scheme.bits, in_features),
+        tensors["scale"].view(torch.float16),
+        zero,
+        scheme.bits,
+        scheme.columns(in_features),
+    )
+
+
+class PackedLinear(nn.Module):
+    """A linear layer on packed weights, which are unpacked at every call: small, not fast.
+
+    Buffers: `codes` uint8 [out, ceil(in * bits / 8)]; `scale` int16 [out, g], the bits of a float16; `zero`
+    uint8 [out, ceil(g * bits / 8)], None if symmetric. They are zero until a checkpoint is loaded.
+
+    Args:
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+        scheme: Format of the weight, 2 to 8 bits.
+        bias: Whether there is a bias, a float parameter.
+        rounding: Applied to the input, or None.
+        device: Of buffers and bias.
+        dtype: Of the bias.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: IntScheme,
+        bias: bool,
+        rounding: Rounding | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = scheme
+        self.rounding = rounding
+        groups = scheme.groups(in_features)
+
+        def zeros(columns: int, kind: torch.dtype) -> Tensor:
+            return torch.zeros(out_features, columns, dtype=kind, device=device)
+
+        self.register_buffer("codes", zeros(packed_bytes(in_features, scheme.bits), torch.uint8))
+        self.register_buffer("scale", zeros(groups, STORED_SCALE))
+        points = None if scheme.symmetric else zeros(packed_bytes(groups, scheme.bits), torch.uint8)
+        self.register_buffer("zero", points)
+        start = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+        self.bias = None if start is None else nn.Parameter(start, requires_grad=False)
+
+    def dense_weight(self) -> Float[Tensor, "out in"]:
+        """The weight in float32."""
+        return dense_from_packed(dict(self.named_buffers()), self.in_features, self.scheme)
+
+    def to_dense(self) -> QuantLinear:
+        """The same layer unpacked once, weight and bias in float32: large, fast."""
+        return QuantLinear(
+            self.dense_weight(), None if self.bias is None else self.bias.detach().float(), self.rounding
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.rounding is None else self.rounding(x)
+        return F.linear(x, self.dense_weight().to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        size = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{size}, scheme={self.scheme}, rounding={self.rounding}"

@@ -1,0 +1,84 @@
+"""The stand-ins for `nn.Linear` and for a norm without bias while a block is calibrated or evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rounding = Callable[[Tensor], Tensor]
+"""Rounds activations along the last dimension: same shape, same dtype."""
+
+
+class SharedRounding:
+    """Rounds an input once for all linear layers that read it, called one after the other with the same tensor.
+
+    Args:
+        rounding: What rounds.
+        readers: How many layers read the input; after so many calls nothing is held any more.
+    """
+
+    def __init__(self, rounding: Rounding, readers: int) -> None:
+        self._rounding, self._readers = rounding, readers
+        self._input: Tensor | None = None
+        self._rounded: Tensor | None = None
+        self._left = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._input is not x or self._rounded is None:
+            self._input, self._rounded, self._left = x, self._rounding(x), self._readers
+        rounded = self._rounded
+        self._left -= 1
+        if self._left == 0:
+            self._input = self._rounded = None
+        return rounded
+
+
+class QuantLinear(nn.Module):
+    """A linear layer that rounds its input; its weight is whatever the caller put there (fake-quantised or not).
+
+    Args:
+        weight: [out, in].
+        bias: [out], or None.
+        rounding: Applied to the input, or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rounding: Rounding | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.rounding = rounding
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x if self.rounding is None else self.rounding(x), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rounding={self.rounding}"
+
+
+class ShiftedNorm(nn.Module):
+    """A norm followed by a bias: what a learned shift turns an RMSNorm into.
+
+    Args:
+        norm: The model's own norm, whose weight is `norm.weight`, of `hidden` entries.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        weight = norm.weight
+        assert isinstance(weight, Tensor)
+        self.norm = norm
+        self.bias = nn.Parameter(torch.zeros_like(weight), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) + self.bias

@@ -1,0 +1,23 @@
+"""What an activation quantiser is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from ptql.nn.quant_linear import Rounding
+from ptql.recipe import ActivationScheme
+
+
+class ActivationQuantizer(ABC):
+    """Says where activations are rounded in a block, and how. Its settings are its constructor's arguments."""
+
+    @abstractmethod
+    def for_linear(self, name: str, scheme: ActivationScheme) -> Rounding | None:
+        """What rounds the input of the linear layer `name` (relative to the block), or None.
+
+        Layers that read the same input share what is returned for the first of them.
+        """
+
+    @abstractmethod
+    def for_attention(self, scheme: ActivationScheme) -> Rounding | None:
+        """What rounds q, k and v, each [batch, heads, tokens, head size], or None."""

@@ -1,0 +1,42 @@
+"""Dynamic rounding of activations: each token has its own range, found when it passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ptql.functional.affine import fake_quantize_tokens
+from ptql.nn.quant_linear import Rounding
+from ptql.parts.activations.base import ActivationQuantizer
+from ptql.recipe import ActivationScheme
+
+
+@dataclass(frozen=True)
+class TokenRounding:
+    """Rounds each last-dimension vector to `bits` bits on its own asymmetric min-max grid."""
+
+    bits: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return fake_quantize_tokens(x, self.bits)
+
+
+class DynamicTokens(ActivationQuantizer):
+    """Dynamic, per token, asymmetric, at the input of every linear layer and at q, k (after RoPE) and v.
+
+    The rule of OmniQuant, LRQuant and ABQ-LLM. One difference: for OPT the originals round q, k and v before
+    the heads are split, so over all heads of a token; here every family rounds per token and head.
+
+    Args:
+        qkv: Round queries, keys and values as well.
+    """
+
+    def __init__(self, qkv: bool = True) -> None:
+        self.qkv = qkv
+
+    def for_linear(self, name: str, scheme: ActivationScheme) -> Rounding | None:
+        return TokenRounding(scheme.bits) if scheme.quantised else None
+
+    def for_attention(self, scheme: ActivationScheme) -> Rounding | None:
+        return TokenRounding(scheme.bits) if self.qkv and scheme.quantised else None

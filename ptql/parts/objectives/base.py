@@ -1,0 +1,23 @@
+"""What an objective is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+from torch import Tensor
+
+Target = Literal["fp", "fp_on_quantised"]
+"""`fp`: the fp block on the fp stream (T1). `fp_on_quantised`: the fp block on the quantised stream (T2)."""
+
+Targets = dict[Target, Tensor]
+
+
+class Objective(ABC):
+    """Says which targets a block is compared with, and how. Its settings are its constructor's arguments."""
+
+    targets: tuple[Target, ...]
+
+    @abstractmethod
+    def terms(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """The weighted terms of the loss by name; the loss is their sum. Tensors are [batch, tokens, hidden]."""

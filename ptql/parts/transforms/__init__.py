@@ -1,0 +1,4 @@
+from ptql.parts.transforms.base import AddedBiases, BlockFacts, InputRange, Transform, TransformState, Weights
+from ptql.parts.transforms.smooth import Smooth
+
+__all__ = ["AddedBiases", "BlockFacts", "InputRange", "Smooth", "Transform", "TransformState", "Weights"]

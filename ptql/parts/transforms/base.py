@@ -1,0 +1,93 @@
+"""What a transform is: it rewrites a block's weights so that the full-precision function stays the same."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ptql.families import BlockLayout
+from ptql.recipe import ActivationScheme, IntScheme
+
+Weights = dict[str, Tensor]
+"""Every parameter of a block by its name in the block."""
+
+
+@dataclass(frozen=True)
+class InputRange:
+    """What one pass of the full-precision block saw at the input of a linear layer, per channel: each [in].
+
+    Args:
+        low: Smallest value.
+        high: Largest value.
+        middle: Running mean over samples (0.99 old + 0.01 new) of a sample's mid-range.
+    """
+
+    low: Tensor
+    high: Tensor
+    middle: Tensor
+
+    @property
+    def absmax(self) -> Tensor:
+        return self.low.abs().maximum(self.high.abs())
+
+
+@dataclass(frozen=True)
+class BlockFacts:
+    """What a part may know when it is set up for a block.
+
+    Args:
+        layout: Where things are.
+        weights: The block's own, float32, biases that a transform asked for included (zero).
+        ranges: By name of the linear layer.
+        index: Of the block, from 0.
+        total: Number of blocks.
+    """
+
+    layout: BlockLayout
+    weights: Weights
+    ranges: dict[str, InputRange]
+    index: int
+    total: int
+
+
+@dataclass(frozen=True)
+class AddedBiases:
+    """Biases that a transform needs and the model does not have, by module name in the block."""
+
+    norms: frozenset[str] = field(default_factory=frozenset)
+    linears: frozenset[str] = field(default_factory=frozenset)
+
+    def __or__(self, other: AddedBiases) -> AddedBiases:
+        return AddedBiases(self.norms | other.norms, self.linears | other.linears)
+
+
+class TransformState(nn.Module, ABC):
+    """A transform of one block: its learnables, their learning rate, and the rewriting itself."""
+
+    lr: float
+
+    @abstractmethod
+    def forward(self, weights: Weights) -> Weights:
+        """New weights, differentiable in the learnables; the given dictionary is not changed."""
+
+    def project(self) -> None:
+        """Bring the learnables back to where they are allowed; called before each step."""
+        return None
+
+
+class Transform(ABC):
+    """The settings of a transform, as in a recipe. Its settings are its constructor's arguments."""
+
+    def applies(self, weight: IntScheme, activation: ActivationScheme) -> bool:
+        """Whether the recipe's number formats call for this transform."""
+        return True
+
+    def added_biases(self, layout: BlockLayout, biased: frozenset[str]) -> AddedBiases:
+        """The biases it needs. `biased`: the linear layers that have one of their own."""
+        return AddedBiases()
+
+    @abstractmethod
+    def for_block(self, facts: BlockFacts) -> TransformState:
+        """Learnables for one block, at their initial values."""

@@ -1,0 +1,216 @@
+"""Learnable smoothing: per-channel scales and shifts that move difficulty from activations into weights.
+
+OmniQuant calls it the learnable equivalent transformation (LET), LRQuant learnable smoothing. The four sites
+bear the originals' names: `qkv` and `fc1` (norm to linear layers), `out` (v to output projection), `qkt` (q
+against k). The input of the last MLP matrix is not smoothed, as in both originals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ptql.errors import InputError
+from ptql.families import AttentionSites, BlockLayout, NormSite
+from ptql.functional import smoothing
+from ptql.parts.transforms.base import AddedBiases, BlockFacts, Transform, TransformState, Weights
+from ptql.recipe import ActivationScheme, IntScheme
+
+Site = Literal["qkv", "out", "qkt", "fc1"]
+Initial = Literal["log", "balanced", "ones"]
+Shift = Literal["none", "biased", "all"]
+When = Literal["activations", "always"]
+
+
+class Smooth(Transform):
+    """Learnable scales and shifts between neighbouring layers.
+
+    Args:
+        initial: Scales to start from: `log` of activations (LRQuant), `balanced` between activations and
+            weights (SmoothQuant, OmniQuant), or `ones`.
+        alpha: Share of the activations in `balanced`.
+        shift: Learn shifts too: `none`; `biased`, only where the model has a bias to fold them into (OmniQuant);
+            `all`, adding biases to norms and linear layers that have none (LRQuant; our own format only).
+        lr: Learning rate of scales and shifts.
+        sites: The pairs of layers that are smoothed.
+        when: `activations`, only if activations are quantised (the originals' scripts), or `always`.
+        faithful: As the originals: q/k scales that ignore RoPE's pairs (then not an equivalence), and `balanced`
+            from the weights of one consumer instead of all.
+    """
+
+    def __init__(
+        self,
+        initial: Initial = "log",
+        alpha: float = 0.5,
+        shift: Shift = "all",
+        lr: float = 1e-3,
+        sites: Sequence[Site] = get_args(Site),
+        when: When = "activations",
+        faithful: bool = False,
+    ) -> None:
+        if not 0 <= alpha <= 1:
+            raise InputError(f"alpha={alpha}: the activations' share is between 0 and 1; 0.5 is usual")
+        if not lr > 0:
+            raise InputError(f"lr={lr}: a learning rate is above 0; take `transforms: []` to smooth nothing")
+        self.initial: Initial = initial
+        self.alpha = alpha
+        self.shift: Shift = shift
+        self.lr = lr
+        self.sites = tuple(sites)
+        self.when: When = when
+        self.faithful = faithful
+
+    def applies(self, weight: IntScheme, activation: ActivationScheme) -> bool:
+        return self.when == "always" or activation.quantised
+
+    def added_biases(self, layout: BlockLayout, biased: frozenset[str]) -> AddedBiases:
+        if self.shift != "all":
+            return AddedBiases()
+        norms, linears = set(), set()
+        for site in layout.norms:
+            if site.name in self.sites:
+                norms |= set() if site.has_bias else {site.norm}
+                linears |= set(site.consumers)
+        if "out" in self.sites:
+            linears |= {layout.attention.v, layout.attention.o}
+        return AddedBiases(frozenset(norms), frozenset(linears) - biased)
+
+    def for_block(self, facts: BlockFacts) -> TransformState:
+        layout, attention = facts.layout, facts.layout.attention
+        states: list[TransformState] = [
+            SmoothNorm(site, self._scale(site, facts), self._norm_shift(site, facts))
+            for site in layout.norms
+            if site.name in self.sites
+        ]
+        if "out" in self.sites:
+            states.append(SmoothValue(attention, self._value_scale(facts), self._value_shift(facts)))
+        if "qkt" in self.sites:
+            states.append(SmoothQueryKey(attention, tied=attention.rotary and not self.faithful))
+        return SmoothBlock(states, self.lr)
+
+    def _initial(self, absmax: Tensor, weight_peak: Tensor) -> Tensor:
+        if self.initial == "log":
+            return smoothing.log_activation_scale(absmax)
+        if self.initial == "balanced":
+            return smoothing.balanced_scale(absmax, weight_peak, self.alpha)
+        return torch.ones_like(absmax)
+
+    def _scale(self, site: NormSite, facts: BlockFacts) -> Tensor:
+        consumers = site.consumers[-1:] if self.faithful else site.consumers
+        peaks = [facts.weights[f"{name}.weight"].abs().amax(0) for name in consumers]
+        return self._initial(facts.ranges[site.consumers[-1]].absmax, torch.stack(peaks).amax(0))
+
+    def _value_scale(self, facts: BlockFacts) -> Tensor:
+        site = facts.layout.attention
+        # One value channel feeds several query heads: the widest of their activations counts.
+        absmax = _by_value_channel(facts.ranges[site.o].absmax, site).amax(1).flatten()
+        peak = _by_value_channel(facts.weights[f"{site.o}.weight"].abs().amax(0), site).amax(1).flatten()
+        return self._initial(absmax, peak)
+
+    def _norm_shift(self, site: NormSite, facts: BlockFacts) -> Tensor | None:
+        middle = facts.ranges[site.consumers[-1]].middle
+        if site.has_bias:
+            return None if self.shift == "none" else middle.clone()
+        return torch.zeros_like(middle) if self.shift == "all" else None
+
+    def _value_shift(self, facts: BlockFacts) -> Tensor | None:
+        site = facts.layout.attention
+        if self.shift == "none" or f"{site.v}.bias" not in facts.weights or f"{site.o}.bias" not in facts.weights:
+            return None
+        middle = _by_value_channel(facts.ranges[site.o].middle, site).mean(1).flatten()
+        own_bias = bool(facts.weights[f"{site.v}.bias"].any())
+        return middle if own_bias else torch.zeros_like(middle)
+
+
+def _by_value_channel(x: Tensor, site: AttentionSites) -> Tensor:
+    """Channels of the output projection's input, [kv_heads, query heads of each, head_dim]."""
+    return x.view(site.kv_heads, site.heads // site.kv_heads, site.head_dim)
+
+
+class SmoothBlock(TransformState):
+    """All sites of one block, one learning rate."""
+
+    def __init__(self, sites: list[TransformState], lr: float) -> None:
+        super().__init__()
+        self.sites = nn.ModuleList(sites)
+        self.lr = lr
+
+    def forward(self, weights: Weights) -> Weights:
+        for site in self.sites:
+            weights = site(weights)
+        return weights
+
+    @torch.no_grad()
+    def project(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("scale"):
+                smoothing.keep_away_from_zero(parameter)
+
+
+class SmoothNorm(TransformState):
+    """A norm divided by `scale` and shifted by `shift`, each [hidden], and its consumers."""
+
+    def __init__(self, site: NormSite, scale: Tensor, shift: Tensor | None) -> None:
+        super().__init__()
+        self.site = site
+        self.scale = nn.Parameter(scale)
+        self.shift = None if shift is None else nn.Parameter(shift)
+
+    def forward(self, weights: Weights) -> Weights:
+        norm = self.site.norm
+        wrapped = f"{norm}.norm.weight"  # an RMSNorm inside a ShiftedNorm
+        weight, bias = wrapped if wrapped in weights else f"{norm}.weight", f"{norm}.bias"
+        folded = smoothing.fold_into_norm(weights[weight], weights.get(bias), self.scale, self.shift)
+        weights = _with(weights, weight, bias, folded)
+        for name in self.site.consumers:
+            weights = _fold(weights, name, smoothing.fold_into_consumer, self.scale, self.shift)
+        return weights
+
+
+class SmoothValue(TransformState):
+    """v divided by `scale` and shifted by `shift`, each [kv_heads * head_dim], and the output projection."""
+
+    def __init__(self, site: AttentionSites, scale: Tensor, shift: Tensor | None) -> None:
+        super().__init__()
+        self.site = site
+        self.scale = nn.Parameter(scale)
+        self.shift = None if shift is None else nn.Parameter(shift)
+
+    def forward(self, weights: Weights) -> Weights:
+        s = self.site
+        weights = _fold(weights, s.v, smoothing.fold_into_producer, self.scale, self.shift)
+        scale = smoothing.repeat_heads(self.scale, s.kv_heads, s.heads)
+        shift = None if self.shift is None else smoothing.repeat_heads(self.shift, s.kv_heads, s.heads)
+        return _fold(weights, s.o, smoothing.fold_into_consumer, scale, shift)
+
+
+class SmoothQueryKey(TransformState):
+    """q divided and k multiplied by `scale`: [kv_heads * head_dim], or half of that where RoPE ties pairs."""
+
+    def __init__(self, site: AttentionSites, tied: bool) -> None:
+        super().__init__()
+        self.site = site
+        self.tied = tied
+        self.scale = nn.Parameter(torch.ones(site.kv_heads * site.head_dim // (2 if tied else 1)))
+
+    def forward(self, weights: Weights) -> Weights:
+        s = self.site
+        scale = self.scale
+        if self.tied:  # channels i and i + head_dim / 2 are rotated into each other
+            scale = scale.view(s.kv_heads, -1).repeat(1, 2).flatten()
+        by_query = smoothing.repeat_heads(scale, s.kv_heads, s.heads)
+        weights = _fold(weights, s.q, smoothing.fold_into_producer, by_query, None)
+        return _fold(weights, s.k, smoothing.fold_into_producer, 1 / scale, None)
+
+
+def _with(weights: Weights, weight: str, bias: str, folded: tuple[Tensor, Tensor | None]) -> Weights:
+    new = {**weights, weight: folded[0]}
+    return new if folded[1] is None else {**new, bias: folded[1]}
+
+
+def _fold(weights: Weights, name: str, fold, scale: Tensor, shift: Tensor | None) -> Weights:
+    weight, bias = f"{name}.weight", f"{name}.bias"
+    return _with(weights, weight, bias, fold(weights[weight], weights.get(bias), scale, shift))

@@ -1,0 +1,35 @@
+"""What a weight quantiser is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from ptql.recipe import IntScheme
+
+
+class LinearQuantizer(nn.Module, ABC):
+    """The quantiser of one matrix: its learnables, their learning rate, and the rounding."""
+
+    lr: float
+
+    @abstractmethod
+    def fake(self, w: Tensor) -> Tensor:
+        """Rounded weights [out, in], differentiable in `w` and in the learnables."""
+
+    @abstractmethod
+    def encode(self, w: Tensor) -> dict[str, Tensor]:
+        """What is stored for `w` [out, in]: packed codes and whatever decodes them, by tensor name."""
+
+    @abstractmethod
+    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+        """The float32 weights [out, in] that stored tensors stand for, exactly as a loaded model has them."""
+
+
+class WeightQuantizer(ABC):
+    """The settings of a weight quantiser, as in a recipe. Its settings are its constructor's arguments."""
+
+    @abstractmethod
+    def for_linear(self, name: str, weight: Tensor, scheme: IntScheme) -> LinearQuantizer:
+        """The quantiser of the matrix `name`, [out, in], at its initial state."""

@@ -1,0 +1,41 @@
+"""Fixtures that every test may use: the models and texts that do not live in the repository."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test reaches for a hub
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The texts and models beside the checkout; PTQL_SHARED names another place."""
+    path = Path(os.environ.get("PTQL_SHARED") or ROOT.parent / "shared")
+    if not path.is_dir():
+        pytest.skip(f"{path} is not there: set PTQL_SHARED to the directory of shared texts and models")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories_dir(shared_dir: Path) -> Path:
+    """A real 1 MB model of the Llama type, for tests that run in seconds."""
+    return shared_dir / "models" / "stories260k"
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """SmolLM2-135M-Instruct in float32, fetched once; PTQL_SMOLLM2 names a directory already made."""
+    from benchmarks.smollm2 import DownloadError, fetch
+
+    if ready := os.environ.get("PTQL_SMOLLM2"):
+        return Path(ready)
+    try:
+        return fetch(ROOT / "models" / "SmolLM2-135M-Instruct")
+    except DownloadError as error:
+        pytest.skip(f"{error}; set PTQL_SMOLLM2 to a directory already made")

@@ -1,0 +1,65 @@
+"""The bit stream against one Python integer a row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptql.functional.packing import pack, packed_bytes, unpack
+
+
+def reference(row: list[int], bits: int) -> list[int]:
+    """The bytes of one row by the definition: a large integer, its lowest byte first."""
+    number = sum(code << (i * bits) for i, code in enumerate(row))
+    return list(number.to_bytes(-(-len(row) * bits // 8), "little"))
+
+
+def some_codes(rows: int, n: int, bits: int) -> Tensor:
+    torch.manual_seed(bits * 1000 + n)
+    return torch.randint(0, 2**bits, (rows, n), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7, 8, 9, 16, 37, 48, 65])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_pack_is_the_definition_and_unpack_its_inverse(bits: int, n: int) -> None:
+    codes = some_codes(3, n, bits)
+    codes[0] = 2**bits - 1  # every bit set, the sign bit of a 64-bit word too
+    stream = pack(codes, bits)
+    assert stream.tolist() == [reference(row, bits) for row in codes.tolist()]
+    assert stream.shape == (3, packed_bytes(n, bits))
+    assert stream.is_contiguous()
+    again = unpack(stream, bits, n)
+    assert torch.equal(again, codes)
+    assert again.is_contiguous()
+
+
+def test_rows_that_are_a_view_are_packed_as_they_look() -> None:
+    codes = some_codes(10, 6, 3)
+    assert torch.equal(pack(codes.t(), 3), pack(codes.t().contiguous(), 3))
+    assert torch.equal(pack(codes[:, 1:4], 3), pack(codes[:, 1:4].clone(), 3))
+    stream = pack(codes, 3)
+    wide = torch.cat([stream, stream], dim=1)
+    assert torch.equal(unpack(wide[:, : stream.shape[1]], 3, 6), codes)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0)])
+def test_nothing_packs_to_nothing(shape: tuple[int, int]) -> None:
+    codes = torch.zeros(shape, dtype=torch.uint8)
+    assert torch.equal(unpack(pack(codes, 3), 3, shape[1]), codes)
+
+
+@pytest.mark.parametrize("bits", [0, 9, 16])
+def test_a_width_that_no_byte_holds_is_refused(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"bits={bits}: .* 1 to 8"):
+        pack(some_codes(1, 4, 1), bits)
+
+
+def test_a_stream_of_another_width_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 bytes a row: 5 codes of 4 bits take 3"):
+        unpack(pack(some_codes(2, 5, 3), 3), 4, 5)
+
+
+def test_a_code_that_is_too_wide_is_our_own_bug() -> None:
+    with pytest.raises(AssertionError, match="more than 2 bits"):
+        pack(torch.tensor([[0, 4]], dtype=torch.uint8), 2)
