@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -25,6 +26,7 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
+ENV = {"OMP_NUM_THREADS": "2", **os.environ}  # several runs at once would fight for the cores
 SCHEMES = sorted(file.stem for file in (ROOT / "configs/schemes").glob("*.yaml"))
 
 
@@ -62,7 +64,14 @@ def execute(run: Run, args: argparse.Namespace, texts: dict[str, str]) -> dict[s
     folder = Path(args.work) / run.name
     fit = [
         *("fit", "-c", f"methods/{run.method}", "-c", f"schemes/{run.scheme}", "--model.source", args.model),
-        *("--data.text", args.calibration, "--data.samples", str(args.samples), "--data.length", str(args.length)),
+        *(
+            "--data.text",
+            args.calibration,
+            "--data.samples",
+            str(args.samples),
+            "--data.length",
+            str(args.length),
+        ),
         *("--data.batch_size", str(args.batch_size), "--trainer.max_epochs", str(run.epochs)),
         *("--trainer.default_root_dir", str(folder), "--trainer.logger", "false"),
         *("--trainer.precision", args.precision, *run.extra),
@@ -97,16 +106,29 @@ def source_row(args: argparse.Namespace, texts: dict[str, str]) -> dict[str, obj
     if not call(command, out.with_suffix("")):
         return None
     name = shlex.join(["ptql", *command])
-    return {"method": "fp", "scheme": "-", "epochs": 0, "label": "", "command": name, **machine(), **json.loads(out.read_text())}
+    return {
+        "method": "fp",
+        "scheme": "-",
+        "epochs": 0,
+        "label": "",
+        "command": name,
+        **machine(),
+        **json.loads(out.read_text()),
+    }
 
 
 def call(command: list[str], folder: Path) -> bool:
     log = Path(f"{folder}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as sink:
-        done = subprocess.run([sys.executable, str(ROOT / "cli.py"), *command], stdout=sink, stderr=sink)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "cli.py"), *command], stdout=sink, stderr=sink, env=ENV
+        )
     if done.returncode:
-        print(f"{folder.name}: exit {done.returncode}\n" + "\n".join(log.read_text().splitlines()[-12:]), file=sys.stderr)
+        print(
+            f"{folder.name}: exit {done.returncode}\n" + "\n".join(log.read_text().splitlines()[-12:]),
+            file=sys.stderr,
+        )
     return done.returncode == 0
 
 
@@ -121,12 +143,16 @@ def machine() -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--grid", action="append", choices=GRIDS, default=[])
-    parser.add_argument("--run", action="append", default=[], metavar="METHOD:SCHEME:EPOCHS[:LABEL[:OPTION ...]]")
+    parser.add_argument(
+        "--run", action="append", default=[], metavar="METHOD:SCHEME:EPOCHS[:LABEL[:OPTION ...]]"
+    )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
@@ -139,7 +165,11 @@ def main() -> int:
     texts = dict(item.split("=", 1) for item in args.text)
     runs = [run for grid in args.grid for run in GRIDS[grid]] + [parse_run(text) for text in args.run]
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    done = {row_name(json.loads(line)) for line in args.results.read_text().splitlines()} if args.results.exists() else set()
+    done = (
+        {row_name(json.loads(line)) for line in args.results.read_text().splitlines()}
+        if args.results.exists()
+        else set()
+    )
 
     def record(row: dict[str, object] | None) -> bool:
         if row is None:
@@ -148,12 +178,17 @@ def main() -> int:
             sink.write(json.dumps(row) + "\n")
         ppl = {name: round(value, 3) for name, value in row.get("ppl", {}).items()}  # type: ignore[attr-defined]
         pace = row.get("seconds_per_block_epoch")
-        print(f"{time.strftime('%T')} {row_name(row)} {ppl} bits {row.get('bits_per_weight')} s/block-epoch {pace}", flush=True)
+        print(
+            f"{time.strftime('%T')} {row_name(row)} {ppl} bits {row.get('bits_per_weight')} s/block-epoch {pace}",
+            flush=True,
+        )
         return True
 
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [] if "fp---e0" in done else [pool.submit(lambda: record(source_row(args, texts)))]
-        jobs += [pool.submit(lambda r=run: record(execute(r, args, texts))) for run in runs if run.name not in done]
+        jobs += [
+            pool.submit(lambda r=run: record(execute(r, args, texts))) for run in runs if run.name not in done
+        ]
         return 0 if all([job.result() for job in jobs]) else 1
 
 
@@ -163,7 +198,13 @@ def row_name(row: dict[str, object]) -> str:
 
 def parse_run(text: str) -> Run:
     method, scheme, epochs, *rest = text.split(":", 4)
-    return Run(method, scheme, int(epochs), tuple(shlex.split(rest[1])) if len(rest) > 1 else (), rest[0] if rest else "")
+    return Run(
+        method,
+        scheme,
+        int(epochs),
+        tuple(shlex.split(rest[1])) if len(rest) > 1 else (),
+        rest[0] if rest else "",
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ptql.callbacks.block import BlockCallback
 
@@ -53,7 +60,9 @@ class BlockProgress(ProgressBar, BlockCallback):
         if self._bars is not None:
             self._bars.reset(self._steps, total=trainer.num_training_batches * trainer.max_epochs)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self._bars is not None:
             self._bars.update(self._steps, advance=1, note="")
 
@@ -75,9 +84,16 @@ class BlockProgress(ProgressBar, BlockCallback):
         elapsed = time.monotonic() - self._began
         learned = done - self._resumed
         left = elapsed / max(learned, 1) * (trainer.num_blocks - done)
-        extra = "  finished earlier" if summary.get("resumed") else "  kept its start" if summary["fell_back"] else ""
+        extra = (
+            "  finished earlier"
+            if summary.get("resumed")
+            else "  kept its start"
+            if summary["fell_back"]
+            else ""
+        )
         self._console.print(
-            f"block {done}/{trainer.num_blocks}  {note}  {elapsed:.0f} s, {left:.0f} s left{extra}", soft_wrap=True
+            f"block {done}/{trainer.num_blocks}  {note}  {elapsed:.0f} s, {left:.0f} s left{extra}",
+            soft_wrap=True,
         )
 
     def on_model_end(self, trainer: BlockTrainer, model: QuantLM) -> None:

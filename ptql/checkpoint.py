@@ -70,15 +70,15 @@ class Checkpoint:
             )
         return model.eval().requires_grad_(False)
 
-    def block(self, index: int) -> nn.Module:
-        """Block `index` in float32 on the CPU, its linear layers dense; packed ones are unpacked."""
+    def block(self, index: int, device: torch.device | str = "cpu") -> nn.Module:
+        """Block `index` in float32 on `device`, its linear layers dense; packed ones are unpacked there."""
         block = copy.deepcopy(self._skeleton.get_submodule(f"{self.family.blocks}.{index}"))
         if self.packed is not None:
             prepare_block(block, self.packed)
         prefix = f"{self.family.blocks}.{index}."
-        wanted = block.state_dict()
-        tensors = self.read(prefix + name for name in wanted)
-        block.load_state_dict({name.removeprefix(prefix): _widen(t) for name, t in tensors}, assign=True)
+        tensors = self.read([prefix + name for name in block.state_dict()])
+        loaded = {name.removeprefix(prefix): _widen(tensor.to(device)) for name, tensor in tensors}
+        self._assign(block, loaded)
         if self.packed is not None:
             unpack_block(block)
         return block.eval().requires_grad_(False)
@@ -93,10 +93,17 @@ class Checkpoint:
         if tied and head in names and not self._stored(head):
             names.remove(head)
         loaded = {name: _widen(tensor) for name, tensor in self.read(names)}
-        outside.load_state_dict(loaded, assign=True, strict=False)
+        self._assign(outside, loaded, strict=False)
         if head not in loaded:
             outside.get_submodule("lm_head").weight = outside.get_input_embeddings().weight
         return Shell(outside.requires_grad_(False), self.family.blocks)
+
+    def _assign(self, module: nn.Module, tensors: dict[str, Tensor], strict: bool = True) -> None:
+        try:
+            module.load_state_dict(tensors, assign=True, strict=strict)
+        except RuntimeError as error:
+            detail = " ".join(str(error).split())
+            raise InputError(f"{self.directory}: config.json and the weights do not fit together: {detail}") from None
 
     def outside_names(self) -> list[str]:
         """Names, as stored, of every tensor that belongs to no block."""
@@ -108,18 +115,23 @@ class Checkpoint:
         short = name.removeprefix("model.")
         return name if name in self.files else short if short in self.files else None
 
-    def read(self, names: Iterator[str] | list[str]) -> Iterator[tuple[str, Tensor]]:
+    def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor, as stored, one after the other; the pages of the files are let go at the end."""
         by_file: dict[Path, list[tuple[str, str]]] = {}
         for name in names:
             stored = self._stored(name)
             if stored is None:
-                raise InputError(f"{self.directory}: tensor {name} is missing; the model directory is incomplete")
+                raise InputError(
+                    f"{self.directory}: tensor {name} is missing; the model directory is incomplete"
+                )
             by_file.setdefault(self.files[stored], []).append((name, stored))
         for file, pairs in by_file.items():
-            with safe_open(file, "pt") as tensors:
-                for name, stored in pairs:
-                    yield name, tensors.get_tensor(stored).clone()
+            try:
+                with safe_open(file, "pt") as tensors:
+                    for name, stored in pairs:
+                        yield name, tensors.get_tensor(stored).clone()
+            except SafetensorError as error:
+                raise InputError(f"{file}: damaged ({error}); fetch the model again") from None
 
     def dtype(self) -> torch.dtype:
         """The dtype in which the first block's first matrix is stored."""
@@ -157,16 +169,23 @@ def _without_blocks(model: nn.Module, path: str) -> nn.Module:
 
 def _read_config(directory: Path) -> dict:
     if not directory.is_dir():
-        raise InputError(f"{directory}: no such model directory; give one that holds config.json and *.safetensors")
+        raise InputError(
+            f"{directory}: no such model directory; give one that holds config.json and *.safetensors"
+        )
     try:
-        return json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{directory}: config.json can't be read ({error}); give a Hugging Face directory") from None
+        return dict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{directory}: config.json can't be read ({error}); give a Hugging Face directory"
+        ) from None
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
     if (directory / INDEX).is_file():
-        names = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        try:
+            names = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(f"{directory / INDEX}: damaged ({error!r}); fetch the model again") from None
         files = {name: directory / file for name, file in names.items()}
     elif (directory / SINGLE).is_file():
         try:

@@ -59,7 +59,9 @@ class Shell:
         try:
             self._forward(catcher, ids)
         except _Caught:
-            return catcher.hidden, {k: v for k, v in catcher.kwargs.items() if k not in ("past_key_values", "use_cache")}
+            return catcher.hidden, {
+                k: v for k, v in catcher.kwargs.items() if k not in ("past_key_values", "use_cache")
+            }
         raise AssertionError("the model did not call its blocks")
 
     @torch.no_grad()

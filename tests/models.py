@@ -67,7 +67,7 @@ def save(model: PreTrainedModel, directory: Path, **options: Any) -> Path:
 
 
 def exact(model: PreTrainedModel) -> PreTrainedModel:
-    """A float64 copy. Llama's RMSNorm computes in float32 whatever it is given, so torch's own takes its place."""
+    """A float64 copy; torch's RMSNorm takes the place of Llama's, which always computes in float32."""
     model = copy.deepcopy(model).double()
     for name, module in list(model.named_modules()):
         if isinstance(module, LlamaRMSNorm):

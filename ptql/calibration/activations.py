@@ -15,7 +15,9 @@ from ptql.parts.objectives import Target
 from ptql.parts.transforms import InputRange, Weights
 from ptql.shell import Shell
 
-SHARE_OF_GPU = 0.5  # streams stay on the GPU while four of them (two, and two targets) fit into this much of it
+SHARE_OF_GPU = (
+    0.5  # streams stay on the GPU while four of them (two, and two targets) fit into this much of it
+)
 
 
 class Batches:

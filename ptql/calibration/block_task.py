@@ -125,9 +125,12 @@ class BlockTask(LightningModule):
 
     # Learning
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def _project(self) -> None:
         for transform in self.transforms:
             transform.project()  # type: ignore[operator]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self._project()
         output = call_block(self.student, batch["input"], self.context, self.effective_weights())
         targets: Targets = {name: batch[name] for name in self.objective.targets}
         terms = self.objective.terms(output, targets)
@@ -150,6 +153,7 @@ class BlockTask(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Keep the learnables of the epoch whose mean loss was lowest."""
         loss = self._epoch_loss.item()
+        self._project()
         if loss < self._best_loss:
             self._best_loss, self._best = loss, copy.deepcopy(self.learnables())
 

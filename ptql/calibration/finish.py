@@ -54,7 +54,9 @@ def _candidate(task: BlockTask, streams: Streams) -> FinishedBlock:
     stored = task.encode()
     output = streams.output(task.student, task.decode(stored))
     learned = {name: value.clone() for name, value in task.learnables().items()}
-    return FinishedBlock(stored, learned, output, {"loss": _loss(task, streams, output), "mse": _mse(streams, output)})
+    return FinishedBlock(
+        stored, learned, output, {"loss": _loss(task, streams, output), "mse": _mse(streams, output)}
+    )
 
 
 def _loss(task: BlockTask, streams: Streams, output: Tensor) -> float:

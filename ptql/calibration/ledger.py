@@ -33,7 +33,11 @@ class Ledger:
 
     def __init__(self, run: Path, identity: dict[str, Any]) -> None:
         self.run, self.folder = run, run / FOLDER
-        self.manifest: dict[str, Any] = {"version": VERSION, "identity": json.loads(json.dumps(identity)), "blocks": {}}
+        self.manifest: dict[str, Any] = {
+            "version": VERSION,
+            "identity": json.loads(json.dumps(identity)),
+            "blocks": {},
+        }
         path = self.folder / MANIFEST
         if path.is_file():
             self._continue(json.loads(path.read_text(encoding="utf-8")))
@@ -47,7 +51,9 @@ class Ledger:
         mine = self.manifest["identity"]
         theirs = found.get("identity", {})
         if found.get("version") != VERSION:
-            raise InputError(f"{self.folder}: ledger version {found.get('version')}, this ptql writes {VERSION}; start anew")
+            raise InputError(
+                f"{self.folder}: ledger version {found.get('version')}, this ptql writes {VERSION}; start anew"
+            )
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key):
                 raise InputError(

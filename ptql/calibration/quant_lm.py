@@ -77,7 +77,9 @@ class QuantLM(LightningModule):
     def open(self) -> Checkpoint:
         """The source, for quantising: `InputError` if it is missing or quantised already."""
         if self.source is None:
-            raise InputError("--model.source is missing: say which model; a directory or a hub id (owner/name)")
+            raise InputError(
+                "--model.source is missing: say which model; a directory or a hub id (owner/name)"
+            )
         source = Checkpoint(resolve(Path(self.source) if Path(self.source).exists() else self.source))
         if source.packed is not None:
             raise InputError(f"{self.source}: quantised by ptql already; give the original model")
@@ -125,7 +127,12 @@ class QuantLM(LightningModule):
         return make_student(block, source.layout, added, self.activation_quantizer, self.activation)
 
     def block_task(
-        self, index: int, student: nn.Module, source: Checkpoint, ranges: dict[str, InputRange], streams: Streams
+        self,
+        index: int,
+        student: nn.Module,
+        source: Checkpoint,
+        ranges: dict[str, InputRange],
+        streams: Streams,
     ) -> BlockTask:
         """What learns block `index`, on the student's device."""
         weights = weights_of(student)
@@ -148,4 +155,6 @@ class QuantLM(LightningModule):
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if isinstance(value, (str, int, float, bool, tuple, list))}
+    return {
+        key: value for key, value in values.items() if isinstance(value, (str, int, float, bool, tuple, list))
+    }

@@ -41,7 +41,9 @@ class BlockTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.world_size > 1:
-            raise InputError(f"devices={self.world_size}: a run uses one device for now; leave --trainer.devices at 1")
+            raise InputError(
+                f"devices={self.world_size}: a run uses one device for now; leave --trainer.devices at 1"
+            )
         if kwargs.get("logger") in (None, True):
             self.logger = TensorBoardLogger(self.default_root_dir, name="tensorboard", version="")
 
@@ -82,7 +84,7 @@ class BlockTrainer(Trainer):
         began, device = time.monotonic(), self.strategy.root_device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        block = source.block(index).to(device)
+        block = source.block(index, device)
         ranges = streams.teach(block, source.layout, model.objective.targets)
         task = model.block_task(index, model.student(block, source), source, ranges, streams)
         if (found := ledger.read(index)) is not None:
@@ -192,7 +194,9 @@ class BlockTrainer(Trainer):
             batch_size=batch_size,
         )
 
-    def _what_to_measure(self, model: QuantLM, run: str | None, json: str | None) -> tuple[str | Path, Path | None]:
+    def _what_to_measure(
+        self, model: QuantLM, run: str | None, json: str | None
+    ) -> tuple[str | Path, Path | None]:
         if (run is None) == (model.source is None):
             raise InputError("eval measures one model: give either --run RUN or --model.source DIR")
         if run is None:

@@ -47,17 +47,15 @@ def perplexity(
     home = resting_place(first.numel() * 4 * len(windows), device)
     hidden = torch.cat([shell.embed(batch.to(device))[0].to(home) for batch in batches])
     for index in range(model.num_blocks):
-        hidden = run_block(model.block(index).to(device), hidden, context, batch_size)
+        hidden = run_block(model.block(index, device), hidden, context, batch_size)
         if progress is not None:
             progress(index + 1, model.num_blocks)
-    return _perplexity_of(shell, hidden, windows, batch_size, device)
+    return _perplexity_of(shell, hidden, windows, device)
 
 
-def _perplexity_of(
-    shell: Shell, hidden: Tensor, windows: Tensor, batch_size: int, device: torch.device
-) -> float:
+def _perplexity_of(shell: Shell, hidden: Tensor, windows: Tensor, device: torch.device) -> float:
     total = SumMetric().to(device).set_dtype(torch.float64)
-    for states, batch in zip(hidden.split(batch_size), windows.split(batch_size), strict=True):
-        ids = batch.to(device)
+    for states, window in zip(hidden.split(1), windows.split(1), strict=True):  # one: logits are large
+        ids = window.to(device)
         total.update(token_losses(shell.logits(states.to(device), ids), ids).double())
     return (total.compute() / (windows.shape[0] * (windows.shape[1] - 1))).exp().item()

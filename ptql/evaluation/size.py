@@ -9,7 +9,18 @@ from safetensors import safe_open
 
 from ptql.checkpoint import Checkpoint
 
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+BITS = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U8": 8,
+    "BOOL": 8,
+}
 
 
 def model_size(model: Path, source: Checkpoint) -> dict[str, float | int]:
@@ -21,7 +32,9 @@ def model_size(model: Path, source: Checkpoint) -> dict[str, float | int]:
         `size_bytes`: the weight files on disk; `weights`, `parameters`: the counts behind the two.
     """
     prefixes = tuple(
-        f"{source.family.blocks}.{index}.{name}." for index in range(source.num_blocks) for name in source.layout.names
+        f"{source.family.blocks}.{index}.{name}."
+        for index in range(source.num_blocks)
+        for name in source.layout.names
     )
     stored_linear = stored = 0
     for file in model.glob("*.safetensors"):

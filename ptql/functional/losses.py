@@ -23,3 +23,15 @@ def negative_log_cosine(
     """
     cosine = F.cosine_similarity(output.float(), target.float(), dim=-1, eps=1e-8)
     return -cosine.mean().abs().log()
+
+
+def relative_squared_error(
+    output: Float[Tensor, "batch tokens hidden"], target: Float[Tensor, "batch tokens hidden"]
+) -> Float[Tensor, ""]:
+    """Mean over tokens of |output - target|^2 / |target|^2.
+
+    A mean squared error in which every token weighs the same: the few tokens with massive activations (the first
+    one, above all) otherwise are nearly all of it.
+    """
+    error = (output.float() - target.float()).square().sum(-1)
+    return (error / target.float().square().sum(-1).clamp_min(1e-12)).mean()

@@ -49,7 +49,9 @@ def weights_of(block: nn.Module) -> Weights:
     return {name: parameter.detach() for name, parameter in block.named_parameters()}
 
 
-def call_block(block: nn.Module, hidden: Tensor, context: dict[str, Any], weights: Weights | None = None) -> Tensor:
+def call_block(
+    block: nn.Module, hidden: Tensor, context: dict[str, Any], weights: Weights | None = None
+) -> Tensor:
     """The block's output [batch, tokens, hidden], with `weights` in place of its own where given."""
     if weights is None:
         out = block(hidden, **context)

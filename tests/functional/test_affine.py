@@ -56,7 +56,9 @@ def some_rows(bits: int) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.randn(2, 5, 12, dtype=torch.float64) * 2
     scale = (torch.rand(2, 5, 1, dtype=torch.float64) + 0.5) * 3 / 2**bits
     zero = torch.randint(0, 2**bits, (2, 5, 1)).double()
-    x[0, 0, :2] = torch.stack([-zero[0, 0, 0] * scale[0, 0, 0], (2**bits - 1 - zero[0, 0, 0]) * scale[0, 0, 0]])
+    x[0, 0, :2] = torch.stack(
+        [-zero[0, 0, 0] * scale[0, 0, 0], (2**bits - 1 - zero[0, 0, 0]) * scale[0, 0, 0]]
+    )
     return x, scale, zero
 
 
@@ -235,6 +237,7 @@ def test_weights_beyond_what_a_scale_can_store_stay_finite() -> None:
     for symmetric in (False, True):
         scale, zero = affine.scale_and_zero(low, high, 2, symmetric)
         assert (scale == affine.LARGEST_SCALE).all()
+        assert ((zero >= 0) & (zero <= 3)).all()  # a code still, though -low / scale is 1000
         assert affine.fake_quantize(groups, scale, zero, 2).isfinite().all()
         codes, stored, zeros = affine.encode(w, low, high, 2, 3, symmetric)
         assert affine.dequantize(codes, stored, zeros, 2, 3).isfinite().all()
@@ -334,7 +337,12 @@ def test_encoding_what_was_decoded_changes_nothing(bits: int, symmetric: bool) -
     step = scale.float().unsqueeze(-1)
     middle = 2 ** (bits - 1) if zero is None else zero.unsqueeze(-1).float()
     again = affine.encode(
-        dense, -step * (2 ** (bits - 1) - 1 if symmetric else middle), step * (2**bits - 1 - middle), bits, 16, symmetric
+        dense,
+        -step * (2 ** (bits - 1) - 1 if symmetric else middle),
+        step * (2**bits - 1 - middle),
+        bits,
+        16,
+        symmetric,
     )
     assert torch.equal(again[0], codes)
     assert torch.equal(again[1], scale)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ptql.errors import InputError
-from ptql.functional.losses import mean_squared_error, negative_log_cosine
+from ptql.functional.losses import mean_squared_error, negative_log_cosine, relative_squared_error
 from ptql.parts.objectives import Reconstruction, Target, Targets
 
 
@@ -31,6 +31,7 @@ def targets() -> Targets:
         ({}, ["mse_fp", "nlc_fp"]),
         ({"nlc": 0.0}, ["mse_fp"]),
         ({"mse": 0.0}, ["nlc_fp"]),
+        ({"mse": 0.0, "nlc": 0.0, "rse": 1.0}, ["rse_fp"]),
         ({"nlc": 0.0, "targets": ["fp", "fp_on_quantised"]}, ["mse_fp", "mse_fp_on_quantised"]),
         ({"targets": ("fp_on_quantised",)}, ["mse_fp_on_quantised", "nlc_fp_on_quantised"]),
     ],
@@ -42,12 +43,16 @@ def test_terms_are_named_after_loss_and_target(
 
 
 def test_terms_are_weighted_losses(output: Tensor, targets: Targets) -> None:
-    terms = Reconstruction(mse=2.0, nlc=0.5, targets=("fp", "fp_on_quantised")).terms(output, targets)
+    terms = Reconstruction(mse=2.0, nlc=0.5, rse=4.0, targets=("fp", "fp_on_quantised")).terms(
+        output, targets
+    )
     target: Target
     for target in ("fp", "fp_on_quantised"):
         mse, nlc = mean_squared_error(output, targets[target]), negative_log_cosine(output, targets[target])
         torch.testing.assert_close(terms[f"mse_{target}"], 2 * mse)
         torch.testing.assert_close(terms[f"nlc_{target}"], 0.5 * nlc)
+        rse = relative_squared_error(output, targets[target])
+        torch.testing.assert_close(terms[f"rse_{target}"], 4 * rse)
     assert all(term.shape == () for term in terms.values())
 
 
@@ -65,9 +70,10 @@ def test_only_the_wanted_targets_are_asked_for(output: Tensor, targets: Targets)
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"mse": -1.0}, r"mse=-1\.0, nlc=1\.0: .*0 or more"),
+        ({"mse": -1.0}, r"mse=-1\.0, nlc=1\.0.*: .*0 or more"),
         ({"nlc": -0.1}, r"nlc=-0\.1"),
-        ({"mse": 0.0, "nlc": 0.0}, r"mse=0\.0, nlc=0\.0: .*one is above 0"),
+        ({"rse": -0.1}, r"rse=-0\.1"),
+        ({"mse": 0.0, "nlc": 0.0}, r"mse=0\.0, nlc=0\.0.*: .*one is above 0"),
         ({"targets": []}, r"targets=\[\]: .*take \[fp\]"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Smoothing is an equivalence: float64 blocks and whole models, every family, every site, every kind of shift."""
+"""Smoothing is an equivalence: float64 blocks and models of every family, every site, every kind of shift."""
 
 from __future__ import annotations
 
@@ -235,7 +235,11 @@ def test_opts_learnables() -> None:
         ("llama", "biased", set()),
         ("llama_biased", "none", set()),
         ("llama_biased", "biased", {"out.shift"}),
-        ("llama_biased", "all", {"norm:input_layernorm.shift", "norm:post_attention_layernorm.shift", "out.shift"}),
+        (
+            "llama_biased",
+            "all",
+            {"norm:input_layernorm.shift", "norm:post_attention_layernorm.shift", "out.shift"},
+        ),
     ],
 )
 def test_shifts_are_learned_where_they_are_wanted(name: str, shift: Shift, shifted: set[str]) -> None:
@@ -396,7 +400,9 @@ def test_llamas_shifts_start_at_zero() -> None:
 
 def test_a_biased_value_shift_starts_at_the_mean_over_its_query_heads() -> None:
     _, facts, state = prepared("llama_biased", shift="biased")
-    middle = facts.ranges["self_attn.o_proj"].middle.view(2, 2, 12)  # key/value heads, query heads of each, channels
+    middle = facts.ranges["self_attn.o_proj"].middle.view(
+        2, 2, 12
+    )  # key/value heads, query heads of each, channels
     torch.testing.assert_close(value_site(state).shift.detach(), middle.mean(1).flatten())
 
 

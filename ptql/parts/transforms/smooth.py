@@ -118,7 +118,11 @@ class Smooth(Transform):
 
     def _value_shift(self, facts: BlockFacts) -> Tensor | None:
         site = facts.layout.attention
-        if self.shift == "none" or f"{site.v}.bias" not in facts.weights or f"{site.o}.bias" not in facts.weights:
+        if (
+            self.shift == "none"
+            or f"{site.v}.bias" not in facts.weights
+            or f"{site.o}.bias" not in facts.weights
+        ):
             return None
         middle = _by_value_channel(facts.ranges[site.o].middle, site).mean(1).flatten()
         own_bias = bool(facts.weights[f"{site.v}.bias"].any())
