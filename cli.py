@@ -5,9 +5,7 @@ from pathlib import Path
 
 import ptql
 
-ptql.__path__.append(
-    str(Path(__file__).parent)
-)  # callbacks/ and configs/ are ptql.callbacks and ptql.configs
+ptql.__path__.append(str(Path(__file__).parent))  # callbacks/ and configs/ are ptql.callbacks and ptql.configs
 
 if __name__ == "__main__":
     from ptql.cli import main

@@ -89,11 +89,12 @@ def execute(run: Run, args: argparse.Namespace, texts: dict[str, str]) -> dict[s
         "scheme": run.scheme,
         "epochs": run.epochs,
         "label": run.label,
-        "command": shlex.join(["ptql", *fit]),
+        "command": portable(["ptql", *fit], args, folder),
         "seconds_per_block_epoch": metrics["fit"]["seconds_learning"] / steps if steps else None,
         "jobs_at_once": args.jobs,
         **machine(),
         **metrics,
+        "fit": {**metrics["fit"], "source": "MODEL"},
     }
 
 
@@ -105,7 +106,7 @@ def source_row(args: argparse.Namespace, texts: dict[str, str]) -> dict[str, obj
     command += ["--windows", str(args.windows)] if args.windows else []
     if not call(command, out.with_suffix("")):
         return None
-    name = shlex.join(["ptql", *command])
+    name = portable(["ptql", *command], args, out)
     return {
         "method": "fp",
         "scheme": "-",
@@ -117,13 +118,17 @@ def source_row(args: argparse.Namespace, texts: dict[str, str]) -> dict[str, obj
     }
 
 
+def portable(command: list[str], args: argparse.Namespace, run: Path) -> str:
+    """The command without this machine's paths: MODEL, RUN, and the bare names of texts."""
+    names = {args.model: "MODEL", str(run): "RUN"}
+    return shlex.join(names.get(part, Path(part).name if Path(part).is_absolute() else part) for part in command)
+
+
 def call(command: list[str], folder: Path) -> bool:
     log = Path(f"{folder}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as sink:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "cli.py"), *command], stdout=sink, stderr=sink, env=ENV
-        )
+        done = subprocess.run([sys.executable, str(ROOT / "cli.py"), *command], stdout=sink, stderr=sink, env=ENV)
     if done.returncode:
         print(
             f"{folder.name}: exit {done.returncode}\n" + "\n".join(log.read_text().splitlines()[-12:]),
@@ -143,16 +148,12 @@ def machine() -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--grid", action="append", choices=GRIDS, default=[])
-    parser.add_argument(
-        "--run", action="append", default=[], metavar="METHOD:SCHEME:EPOCHS[:LABEL[:OPTION ...]]"
-    )
+    parser.add_argument("--run", action="append", default=[], metavar="METHOD:SCHEME:EPOCHS[:LABEL[:OPTION ...]]")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
@@ -186,9 +187,7 @@ def main() -> int:
 
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [] if "fp---e0" in done else [pool.submit(lambda: record(source_row(args, texts)))]
-        jobs += [
-            pool.submit(lambda r=run: record(execute(r, args, texts))) for run in runs if run.name not in done
-        ]
+        jobs += [pool.submit(lambda r=run: record(execute(r, args, texts))) for run in runs if run.name not in done]
         return 0 if all([job.result() for job in jobs]) else 1
 
 

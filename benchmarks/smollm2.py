@@ -163,9 +163,7 @@ def read_model(gguf: Path) -> LlamaForCausalLM:
                 weight = weight.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
             parameter.copy_(weight)
     if stored:
-        raise FetchError(
-            f"{gguf.name}: {len(stored)} tensors have no place in the model: {', '.join(stored)}"
-        )
+        raise FetchError(f"{gguf.name}: {len(stored)} tensors have no place in the model: {', '.join(stored)}")
     return model
 
 

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import ProgressBar
+from ptql.callbacks.block import BlockCallback
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,8 +16,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-
-from ptql.callbacks.block import BlockCallback
 
 if TYPE_CHECKING:
     from ptql.calibration.block_task import BlockTask
@@ -60,9 +59,7 @@ class BlockProgress(ProgressBar, BlockCallback):
         if self._bars is not None:
             self._bars.reset(self._steps, total=trainer.num_training_batches * trainer.max_epochs)
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._bars is not None:
             self._bars.update(self._steps, advance=1, note="")
 
@@ -84,13 +81,7 @@ class BlockProgress(ProgressBar, BlockCallback):
         elapsed = time.monotonic() - self._began
         learned = done - self._resumed
         left = elapsed / max(learned, 1) * (trainer.num_blocks - done)
-        extra = (
-            "  finished earlier"
-            if summary.get("resumed")
-            else "  kept its start"
-            if summary["fell_back"]
-            else ""
-        )
+        extra = "  finished earlier" if summary.get("resumed") else "  kept its start" if summary["fell_back"] else ""
         self._console.print(
             f"block {done}/{trainer.num_blocks}  {note}  {elapsed:.0f} s, {left:.0f} s left{extra}",
             soft_wrap=True,

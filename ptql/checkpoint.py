@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ptql.errors import InputError
 from ptql.families import family_of
@@ -61,7 +61,7 @@ class Checkpoint:
         return self.config.max_position_embeddings
 
     @cached_property
-    def _skeleton(self) -> nn.Module:
+    def _skeleton(self) -> PreTrainedModel:
         """The causal language model with every parameter on the meta device, buffers (RoPE's) real."""
         attention.register()
         with init_empty_weights(include_buffers=False):
@@ -81,12 +81,11 @@ class Checkpoint:
         self._assign(block, loaded)
         if self.packed is not None:
             unpack_block(block)
-        return block.eval().requires_grad_(False)
+        return block.to(device).eval().requires_grad_(False)
 
     def shell(self) -> Shell:
         """Everything but the blocks, in float32 on the CPU: embeddings, final norm, head."""
-        model = copy.copy(self._skeleton)
-        outside = copy.deepcopy(_without_blocks(model, self.family.blocks))
+        outside = copy.deepcopy(_without_blocks(self._skeleton, self.family.blocks))
         names = [name for name, _ in outside.named_parameters()]
         tied = getattr(self.config, "tie_word_embeddings", False)
         head = "lm_head.weight"
@@ -95,7 +94,7 @@ class Checkpoint:
         loaded = {name: _widen(tensor) for name, tensor in self.read(names)}
         self._assign(outside, loaded, strict=False)
         if head not in loaded:
-            outside.get_submodule("lm_head").weight = outside.get_input_embeddings().weight
+            outside.get_submodule("lm_head").weight = outside.get_input_embeddings().weight  # type: ignore[operator]
         return Shell(outside.requires_grad_(False), self.family.blocks)
 
     def _assign(self, module: nn.Module, tensors: dict[str, Tensor], strict: bool = True) -> None:
@@ -121,9 +120,7 @@ class Checkpoint:
         for name in names:
             stored = self._stored(name)
             if stored is None:
-                raise InputError(
-                    f"{self.directory}: tensor {name} is missing; the model directory is incomplete"
-                )
+                raise InputError(f"{self.directory}: tensor {name} is missing; the model directory is incomplete")
             by_file.setdefault(self.files[stored], []).append((name, stored))
         for file, pairs in by_file.items():
             try:
@@ -169,15 +166,11 @@ def _without_blocks(model: nn.Module, path: str) -> nn.Module:
 
 def _read_config(directory: Path) -> dict:
     if not directory.is_dir():
-        raise InputError(
-            f"{directory}: no such model directory; give one that holds config.json and *.safetensors"
-        )
+        raise InputError(f"{directory}: no such model directory; give one that holds config.json and *.safetensors")
     try:
         return dict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{directory}: config.json can't be read ({error}); give a Hugging Face directory"
-        ) from None
+        raise InputError(f"{directory}: config.json can't be read ({error}); give a Hugging Face directory") from None
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:

@@ -66,12 +66,8 @@ def _run(args: list[str]) -> None:
             """Runs continue from their ledger, so there is no checkpoint whose settings could be merged in."""
 
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", message="LightningCLI.s args parameter"
-    )  # main(args) is how tests call it
-    warnings.filterwarnings(
-        "ignore", message=".*modules? in eval mode at the start of training.*"
-    )  # on purpose
+    warnings.filterwarnings("ignore", message="LightningCLI.s args parameter")  # main(args) is how tests call it
+    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode.*")  # on purpose
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     CLI(

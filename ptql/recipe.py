@@ -13,9 +13,7 @@ UNQUANTISED = 16
 def check_bits(bits: int, what: str) -> None:
     """Raise `InputError` unless `bits` is 2 to 8, or 16."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not (2 <= bits <= 8 or bits == UNQUANTISED):
-        raise InputError(
-            f"{what} bits={bits}: a whole number from 2 to 8 is supported; use 16 to leave it unquantised"
-        )
+        raise InputError(f"{what} bits={bits}: a whole number from 2 to 8 is supported; use 16 to leave it unquantised")
 
 
 @dataclass(frozen=True)

@@ -338,9 +338,7 @@ def test_a_damaged_index(tmp_path: Path, content: str) -> None:
     refused(directory, r"model\.safetensors\.index\.json")
 
 
-@pytest.mark.parametrize(
-    "tensor", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
-)
+@pytest.mark.parametrize("tensor", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
 def test_a_tensor_that_is_nowhere(tmp_path: Path, tensor: str) -> None:
     directory = written("llama_untied", tmp_path / "model")
     rewrite(directory, lambda tensors: {k: t for k, t in tensors.items() if k != tensor})
@@ -369,7 +367,5 @@ def test_a_hub_id_that_can_not_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(f"no way to {repo}\nand more lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(
-        InputError, match=r"^a/b: no such directory, .*\(no way to a/b\); give a model directory$"
-    ):
+    with pytest.raises(InputError, match=r"^a/b: no such directory, .*\(no way to a/b\); give a model directory$"):
         resolve("a/b")

@@ -62,9 +62,7 @@ def test_the_context_of_one_window_serves_any_number_of_them(model: PreTrainedMo
 
 def test_logits_of_the_models_own_states_are_the_models(model: PreTrainedModel, shell: Shell) -> None:
     states = block_calls(model, some_ids())[-1][2]
-    torch.testing.assert_close(
-        shell.logits(states, some_ids()), logits(model, some_ids()), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(shell.logits(states, some_ids()), logits(model, some_ids()), rtol=1e-5, atol=1e-5)
 
 
 def test_logits_follow_the_injected_states_and_not_the_ids(model: PreTrainedModel, shell: Shell) -> None:

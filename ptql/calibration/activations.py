@@ -15,9 +15,7 @@ from ptql.parts.objectives import Target
 from ptql.parts.transforms import InputRange, Weights
 from ptql.shell import Shell
 
-SHARE_OF_GPU = (
-    0.5  # streams stay on the GPU while four of them (two, and two targets) fit into this much of it
-)
+SHARE_OF_GPU = 0.5  # streams stay on the GPU while four of them (two, and two targets) fit into this much of it
 
 
 class Batches:
@@ -57,9 +55,7 @@ class Streams:
         self.context: dict[str, Any] = move(context, device)
         self.targets: dict[Target, Tensor] = {}
 
-    def teach(
-        self, block: nn.Module, layout: BlockLayout, targets: tuple[Target, ...]
-    ) -> dict[str, InputRange]:
+    def teach(self, block: nn.Module, layout: BlockLayout, targets: tuple[Target, ...]) -> dict[str, InputRange]:
         """Run the full-precision block: keeps the wanted targets, returns its input ranges.
 
         The fp stream moves on to the block's output (T1); the quantised one waits for `advance`.

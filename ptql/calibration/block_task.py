@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from ptql.nn.student import call_block, weights_of
@@ -32,8 +33,6 @@ class BlockTask(LightningModule):
         dense: Dtype in which matrices that are not quantised are stored.
     """
 
-    strict_loading = False  # state_dict holds the learnables only: the rest comes from the source model
-
     def __init__(
         self,
         student: nn.Module,
@@ -45,6 +44,7 @@ class BlockTask(LightningModule):
         dense: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        self.strict_loading = False  # state_dict holds the learnables only: the rest comes from the source model
         self.student = student
         self.context = context
         self.transforms = nn.ModuleList(transforms)
@@ -56,6 +56,7 @@ class BlockTask(LightningModule):
         self._epoch_loss = torch.zeros(())
         self._best_loss = float("inf")
         self._best: dict[str, Tensor] | None = None
+        self._project()
         self.initial = copy.deepcopy(self.learnables())
 
     # What is learned, and what it makes of the weights
@@ -146,7 +147,7 @@ class BlockTask(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Skip a step whose gradients are not finite: without gradients, the optimiser leaves everything alone."""
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if grads and not torch.isfinite(torch.stack(torch._foreach_norm(grads))).all():
+        if grads and not get_total_norm(grads).isfinite():
             self.skipped_steps += 1
             optimizer.zero_grad(set_to_none=True)
 

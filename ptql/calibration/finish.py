@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ptql.calibration.activations import Streams
 from ptql.calibration.block_task import BlockTask
+from ptql.parts.objectives import Targets
 
 
 @dataclass
@@ -54,9 +55,7 @@ def _candidate(task: BlockTask, streams: Streams) -> FinishedBlock:
     stored = task.encode()
     output = streams.output(task.student, task.decode(stored))
     learned = {name: value.clone() for name, value in task.learnables().items()}
-    return FinishedBlock(
-        stored, learned, output, {"loss": _loss(task, streams, output), "mse": _mse(streams, output)}
-    )
+    return FinishedBlock(stored, learned, output, {"loss": _loss(task, streams, output), "mse": _mse(streams, output)})
 
 
 def _loss(task: BlockTask, streams: Streams, output: Tensor) -> float:
@@ -66,7 +65,7 @@ def _loss(task: BlockTask, streams: Streams, output: Tensor) -> float:
     for index, batch in enumerate(batches):
         start = index * batches.batch_size
         chunk = output[start : start + batches.batch_size].to(device)
-        targets = {name: batch[name].to(device) for name in task.objective.targets}
+        targets: Targets = {name: batch[name].to(device) for name in task.objective.targets}
         total += torch.stack(list(task.objective.terms(chunk, targets).values())).sum().item()
     return total / len(batches)
 

@@ -77,9 +77,7 @@ class QuantLM(LightningModule):
     def open(self) -> Checkpoint:
         """The source, for quantising: `InputError` if it is missing or quantised already."""
         if self.source is None:
-            raise InputError(
-                "--model.source is missing: say which model; a directory or a hub id (owner/name)"
-            )
+            raise InputError("--model.source is missing: say which model; a directory or a hub id (owner/name)")
         source = Checkpoint(resolve(Path(self.source) if Path(self.source).exists() else self.source))
         if source.packed is not None:
             raise InputError(f"{self.source}: quantised by ptql already; give the original model")
@@ -155,6 +153,4 @@ class QuantLM(LightningModule):
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: value for key, value in values.items() if isinstance(value, (str, int, float, bool, tuple, list))
-    }
+    return {key: value for key, value in values.items() if isinstance(value, (str, int, float, bool, tuple, list))}

@@ -32,14 +32,14 @@ class _Observer:
             self.middle = middle if self.middle is None else MOMENTUM * self.middle + (1 - MOMENTUM) * middle
 
     def range(self) -> InputRange:
-        assert self.low is not None and self.high is not None and self.middle is not None
+        assert self.low is not None
+        assert self.high is not None
+        assert self.middle is not None
         return InputRange(self.low, self.high, self.middle)
 
 
 @contextmanager
-def observe_inputs(
-    block: nn.Module, layout: BlockLayout, tokens: int
-) -> Iterator[Callable[[], dict[str, InputRange]]]:
+def observe_inputs(block: nn.Module, layout: BlockLayout, tokens: int) -> Iterator[Callable[[], dict[str, InputRange]]]:
     """While open, every forward of `block` on samples of `tokens` tokens counts; yields what returns the ranges.
 
     Layers that share an input share one observer.

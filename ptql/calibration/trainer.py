@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from ptql.calibration.activations import Streams
 from ptql.calibration.block_task import BlockTask
@@ -41,9 +43,7 @@ class BlockTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.world_size > 1:
-            raise InputError(
-                f"devices={self.world_size}: a run uses one device for now; leave --trainer.devices at 1"
-            )
+            raise InputError(f"devices={self.world_size}: a run uses one device for now; leave --trainer.devices at 1")
         if kwargs.get("logger") in (None, True):
             self.logger = TensorBoardLogger(self.default_root_dir, name="tensorboard", version="")
 
@@ -58,7 +58,7 @@ class BlockTrainer(Trainer):
         self._start(model)
         source = model.open()
         windows = datamodule.windows(source.directory, source.context)
-        ledger = Ledger(self.run_dir, self._identity(model, datamodule, source))
+        ledger = Ledger(self.run_dir, self._identity(model, datamodule, source, windows))
         ledger.start()
         self.num_blocks = source.num_blocks
         device = self.strategy.root_device
@@ -113,10 +113,11 @@ class BlockTrainer(Trainer):
         self.fit_loop.epoch_progress.reset()
         super().fit(task, train_dataloaders=streams.batches())
 
-    def _identity(self, model: QuantLM, data: CalibrationData, source: Checkpoint) -> dict[str, Any]:
+    def _identity(self, model: QuantLM, data: CalibrationData, source: Checkpoint, windows: Tensor) -> dict[str, Any]:
+        tokens = hashlib.sha256(windows.numpy().tobytes()).hexdigest()  # another tokenizer is another run
         return {
             "source": source.fingerprint(),
-            "data": data.identity(),
+            "data": {**data.identity(), "tokens_sha256": tokens},
             "recipe": model.identity(),
             "max_epochs": self.max_epochs,
             "precision": f"{self.precision}, matmul {model.matmul}",
@@ -194,9 +195,7 @@ class BlockTrainer(Trainer):
             batch_size=batch_size,
         )
 
-    def _what_to_measure(
-        self, model: QuantLM, run: str | None, json: str | None
-    ) -> tuple[str | Path, Path | None]:
+    def _what_to_measure(self, model: QuantLM, run: str | None, json: str | None) -> tuple[str | Path, Path | None]:
         if (run is None) == (model.source is None):
             raise InputError("eval measures one model: give either --run RUN or --model.source DIR")
         if run is None:

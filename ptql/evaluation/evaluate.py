@@ -60,13 +60,10 @@ def evaluate(
         details = {"windows": len(ids), "length": length, "seconds": round(time.monotonic() - began, 1)}
         found = merge(found, {"ppl": {name: value}, "ppl_details": {name: details}})
     if tasks:
-        whole = AutoModelForCausalLM.from_pretrained(
-            model.directory, dtype=torch.float32, local_files_only=True
-        )
+        whole = AutoModelForCausalLM.from_pretrained(model.directory, dtype=torch.float32, local_files_only=True)
         unpack_block(whole)  # once, instead of at every call
-        answers = run_tasks(
-            whole.to(device).eval(), tokenizer, tasks, include_path, limit, batch_size, length
-        )
+        whole.to(device)  # type: ignore[arg-type]
+        answers = run_tasks(whole.eval(), tokenizer, tasks, include_path, limit, batch_size, length)
         found = merge(found, {"tasks": answers})
     print_results(found, Console())
     if results is not None:
@@ -77,9 +74,7 @@ def evaluate(
 
 def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Both dictionaries in one, the new one's values first, nested ones merged."""
-    nested = {
-        key: merge(old[key], value) for key, value in new.items() if isinstance(value, dict) and key in old
-    }
+    nested = {key: merge(old[key], value) for key, value in new.items() if isinstance(value, dict) and key in old}
     return {**old, **new, **nested}
 
 
@@ -97,8 +92,6 @@ def _report(name: str):
 
     def report(done: int, total: int) -> None:
         if done == total or done % max(1, total // 5) == 0:
-            print(
-                f"{name}: block {done}/{total}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True
-            )
+            print(f"{name}: block {done}/{total}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
     return report

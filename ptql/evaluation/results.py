@@ -46,9 +46,7 @@ def print_results(metrics: Mapping[str, Any], console: Console) -> None:
     of their own.
     """
     if ppl := metrics.get("ppl"):
-        console.print(
-            results_table([{"text": name, "perplexity": _number(value, 2)} for name, value in ppl.items()])
-        )
+        console.print(results_table([{"text": name, "perplexity": _number(value, 2)} for name, value in ppl.items()]))
     accuracies, others = _task_rows(metrics.get("tasks", {}).get("results", {}))
     for rows in (accuracies, others):
         if rows:
@@ -127,13 +125,9 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
-        raise InputError(
-            f"{path}: not a readable JSON file ({error}); move it away or name another"
-        ) from error
+        raise InputError(f"{path}: not a readable JSON file ({error}); move it away or name another") from error
     if not isinstance(metrics, dict):
-        raise InputError(
-            f"{path}: holds a JSON {type(metrics).__name__} where an object is needed; move it away"
-        )
+        raise InputError(f"{path}: holds a JSON {type(metrics).__name__} where an object is needed; move it away")
     return metrics
 
 

@@ -32,9 +32,7 @@ def model_size(model: Path, source: Checkpoint) -> dict[str, float | int]:
         `size_bytes`: the weight files on disk; `weights`, `parameters`: the counts behind the two.
     """
     prefixes = tuple(
-        f"{source.family.blocks}.{index}.{name}."
-        for index in range(source.num_blocks)
-        for name in source.layout.names
+        f"{source.family.blocks}.{index}.{name}." for index in range(source.num_blocks) for name in source.layout.names
     )
     stored_linear = stored = 0
     for file in model.glob("*.safetensors"):

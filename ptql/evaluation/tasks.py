@@ -110,9 +110,7 @@ def run_tasks(
 def _index_tasks(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
     """lm-eval's index of task files, which holds all of `tasks`."""
     if include_path is not None and not include_path.is_dir():
-        raise InputError(
-            f"include_path={include_path}: not a folder; give the one that holds the tasks' YAML files"
-        )
+        raise InputError(f"include_path={include_path}: not a folder; give the one that holds the tasks' YAML files")
     import lm_eval
     from lm_eval.tasks import TaskManager
 

@@ -14,9 +14,7 @@ def family_of(model_type: str) -> Family:
     """The family of a `model_type`; `InputError` with the known ones otherwise."""
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise InputError(
-            f"model_type={model_type!r}: this family is not known; give a model of one of: {known}"
-        )
+        raise InputError(f"model_type={model_type!r}: this family is not known; give a model of one of: {known}")
     return FAMILIES[model_type]
 
 

@@ -27,7 +27,7 @@ class NormSite:
 
 @dataclass(frozen=True)
 class AttentionSites:
-    """The projections of an attention module, [heads * head_dim, hidden] rows for q, [kv_heads * head_dim, hidden] for k, v.
+    """The projections of an attention module: heads * head_dim rows for q, kv_heads * head_dim for k and v.
 
     Args:
         module: Module name of the attention, relative to the block.

@@ -49,9 +49,7 @@ def _tensors(source: Checkpoint, ledger: Ledger) -> Iterator[tuple[str, Tensor]]
     for index in range(source.num_blocks):
         block = ledger.read(index)
         if block is None:
-            raise RuntimeError(
-                f"block {index} is missing or damaged in {ledger.folder}; run the same command again"
-            )
+            raise RuntimeError(f"block {index} is missing or damaged in {ledger.folder}; run the same command again")
         for name, tensor in block[0].items():
             yield f"{source.family.blocks}.{index}.{name}", tensor
     yield from source.read(source.outside_names())

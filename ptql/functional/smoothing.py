@@ -23,9 +23,7 @@ def log_activation_scale(absmax: Float[Tensor, " c"]) -> Float[Tensor, " c"]:
     return (peak / torch.log2(2 + peak)).clamp_min(SMALLEST)
 
 
-def balanced_scale(
-    absmax: Float[Tensor, " c"], weight_peak: Float[Tensor, " c"], alpha: float
-) -> Float[Tensor, " c"]:
+def balanced_scale(absmax: Float[Tensor, " c"], weight_peak: Float[Tensor, " c"], alpha: float) -> Float[Tensor, " c"]:
     """SmoothQuant's and OmniQuant's initial scale, a^alpha / w^(1 - alpha)."""
     peak, weight = absmax.clamp_min(SMALLEST), weight_peak.clamp_min(SMALLEST)
     return (peak**alpha / weight ** (1 - alpha)).clamp_min(SMALLEST)

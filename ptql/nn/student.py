@@ -34,6 +34,7 @@ def make_student(
         shared = None if rounds is None else SharedRounding(rounds, readers=len(group))
         for name in group:
             linear = block.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
             weight, bias = linear.weight.detach(), linear.bias
             if bias is None and name in added.linears:
                 bias = weight.new_zeros(weight.shape[0])
@@ -49,14 +50,9 @@ def weights_of(block: nn.Module) -> Weights:
     return {name: parameter.detach() for name, parameter in block.named_parameters()}
 
 
-def call_block(
-    block: nn.Module, hidden: Tensor, context: dict[str, Any], weights: Weights | None = None
-) -> Tensor:
+def call_block(block: nn.Module, hidden: Tensor, context: dict[str, Any], weights: Weights | None = None) -> Tensor:
     """The block's output [batch, tokens, hidden], with `weights` in place of its own where given."""
-    if weights is None:
-        out = block(hidden, **context)
-    else:
-        out = functional_call(block, weights, (hidden,), context)
+    out = block(hidden, **context) if weights is None else functional_call(block, weights, (hidden,), context)
     return out[0] if isinstance(out, tuple) else out
 
 

@@ -92,9 +92,7 @@ def test_leaves_a_foreign_file_untouched(tmp_path: Path) -> None:
 
 
 def test_names_the_dtypes(tmp_path: Path) -> None:
-    with pytest.raises(
-        FetchError, match="dtype=int8: weights are stored in one of float32, bfloat16, float16"
-    ):
+    with pytest.raises(FetchError, match="dtype=int8: weights are stored in one of float32, bfloat16, float16"):
         fetch(tmp_path / "model", "int8")
 
 

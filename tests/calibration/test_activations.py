@@ -61,9 +61,7 @@ def test_both_blocks_targets_are_what_the_model_computes(
     assert torch.equal(streams.targets["fp"], streams.targets["fp_on_quantised"])
     batch = next(iter(streams.batches()))
     close(batch["input"], calls[0][0][:batch_size])
-    student = make_student(
-        source.block(0), source.layout, AddedBiases(), DynamicTokens(), ActivationScheme(4)
-    )
+    student = make_student(source.block(0), source.layout, AddedBiases(), DynamicTokens(), ActivationScheme(4))
     output = streams.output(student, weights_of(student))
     assert (output - calls[0][2]).abs().max() > 0.05  # it does round
     streams.advance(output)

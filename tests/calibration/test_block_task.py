@@ -140,9 +140,7 @@ def test_the_state_holds_the_learnables_only(prepare: Prepare) -> None:
     made = prepare()
     assert same(made.task.state_dict(), made.task.learnables())
     names = set(made.task.learnables())
-    assert (
-        len(names) == 7 + 2 * 7
-    )  # smoothing's scales and shifts; two clipping logits for each of seven matrices
+    assert len(names) == 7 + 2 * 7  # smoothing's scales and shifts; two clipping logits for each of seven matrices
     assert not any(name.startswith("student") for name in names)
     assert all(t.dtype == torch.float32 for t in made.task.learnables().values())
     other = prepare().task
@@ -215,17 +213,13 @@ def test_the_loss_of_a_step_is_the_objective_on_effective_weights(prepare: Prepa
     losses: list[float] = []
 
     class Note(Callback):
-        def on_train_batch_end(
-            self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any
-        ) -> None:
+        def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any) -> None:
             losses.append(outputs["loss"].item())
             logged.update({k: v.item() for k, v in trainer.callback_metrics.items()})
 
     logged: dict[str, float] = {}
     batch = next(iter(made.streams.batches()))
-    output = call_block(
-        made.task.student, batch["input"], made.streams.context, made.task.effective_weights()
-    )
+    output = call_block(made.task.student, batch["input"], made.streams.context, made.task.effective_weights())
     terms = objective.terms(output, {"fp": batch["fp"], "fp_on_quantised": batch["fp_on_quantised"]})
     fit(made.task, OneByOne([batch]), callbacks=[Note()])
     assert losses == pytest.approx([sum(terms.values()).item()], rel=1e-6)
@@ -390,9 +384,7 @@ class Snapshots(Callback):
 def test_the_learnables_of_the_best_epoch_are_kept(prepare: Prepare, extra: list[float], best: int) -> None:
     made, snapshots = prepare(objective=Scheduled(extra)), Snapshots()
     fit(made.task, made.streams.batches(), len(extra), [snapshots])
-    assert [same(made.task.learnables(), taken) for taken in snapshots.taken] == [
-        k == best for k in range(len(extra))
-    ]
+    assert [same(made.task.learnables(), taken) for taken in snapshots.taken] == [k == best for k in range(len(extra))]
 
 
 def test_without_a_finite_epoch_the_last_learnables_stay(prepare: Prepare) -> None:

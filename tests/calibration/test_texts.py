@@ -56,9 +56,7 @@ def test_json_lines_are_joined_with_an_empty_line(tmp_path: Path) -> None:
     assert read_text(str(file)) == "\n\n".join(documents)
 
 
-@pytest.mark.parametrize(
-    "line", ["{", '{"txt": "a"}', '{"text": 3}', '["text"]', "7", "null", r'{"text": "\ud83d"}']
-)
+@pytest.mark.parametrize("line", ["{", '{"txt": "a"}', '{"text": 3}', '["text"]', "7", "null", r'{"text": "\ud83d"}'])
 def test_a_bad_json_line_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "a"}\n\n' + line + "\n")

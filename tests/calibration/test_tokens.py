@@ -236,9 +236,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv(
-        "PTQL_CACHE", str(tmp_path / "file")
-    )  # a file where a directory should be: root fails, too
+    monkeypatch.setenv("PTQL_CACHE", str(tmp_path / "file"))  # a file where a directory should be: root fails, too
     with pytest.warns(UserWarning, match="set PTQL_CACHE"):
         windows = cached_windows(tokenizer, TEXT, 4, 32, 2)
     assert windows.shape == (4, 32)

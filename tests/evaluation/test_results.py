@@ -57,9 +57,7 @@ def line_with(text: str, part: str) -> list[str]:
 def test_merge_is_deep_and_is_what_the_file_holds(tmp_path):
     path = tmp_path / "new/metrics.json"
     merge_metrics(path, {"ppl": {"wikitext2": 6.1}, "size_bytes": 10})
-    merged = merge_metrics(
-        path, {"ppl": {"c4": 9.5}, "size_bytes": 12, "tasks": {"results": {"piqa": {"acc": 0.5}}}}
-    )
+    merged = merge_metrics(path, {"ppl": {"c4": 9.5}, "size_bytes": 12, "tasks": {"results": {"piqa": {"acc": 0.5}}}})
     assert merged == {
         "ppl": {"wikitext2": 6.1, "c4": 9.5},
         "size_bytes": 12,

@@ -103,9 +103,7 @@ def test_import_is_light():
 def test_scores_agree_with_a_plain_loop(stories, shared_dir, capsys):
     model, tokenizer = stories
     state = torch.get_rng_state()  # not Python's own: the type checker of the tests draws from that
-    report = run_tasks(
-        model, tokenizer, ["piqa_local", "arc_easy_local"], shared_dir / "data/lm_eval_tasks", limit=8
-    )
+    report = run_tasks(model, tokenizer, ["piqa_local", "arc_easy_local"], shared_dir / "data/lm_eval_tasks", limit=8)
 
     assert json.loads(json.dumps(report)) == report
     assert report["limit"] == 8
@@ -151,9 +149,7 @@ def piqa_by_hand(model, tokenizer, path: Path, limit: int) -> tuple[float, float
 @pytest.mark.shared
 def test_perplexity_has_a_standard_error(stories, shared_dir, capsys):
     tasks_dir = shared_dir / "data/lm_eval_tasks"
-    scores = run_tasks(*stories, ["lambada_openai_local"], tasks_dir, limit=4)["results"][
-        "lambada_openai_local"
-    ]
+    scores = run_tasks(*stories, ["lambada_openai_local"], tasks_dir, limit=4)["results"]["lambada_openai_local"]
     assert set(scores) == {"acc", "acc_stderr", "perplexity", "perplexity_stderr", "n"}
     assert scores["perplexity_stderr"] > 0
     assert capsys.readouterr().out == ""

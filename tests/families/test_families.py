@@ -90,8 +90,7 @@ def test_groups_share_their_input_and_norms_feed_their_consumers_only(name: str)
         fed = block.get_submodule(site.norm).register_forward_hook(lambda _, args, out: out + 1)
         # The consumers take the change back, so nothing else of the block may notice.
         undone = [
-            block.get_submodule(c).register_forward_pre_hook(lambda _, args: (args[0] - 1,))
-            for c in site.consumers
+            block.get_submodule(c).register_forward_pre_hook(lambda _, args: (args[0] - 1,)) for c in site.consumers
         ]
         changed = block(hidden, **context)
         changed = changed[0] if isinstance(changed, tuple) else changed

@@ -77,9 +77,7 @@ def rounded(x: Tensor, bits: int) -> Tensor:
 
 
 def attention_4(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
-    return sdpa_attention_forward(
-        module, rounded(query, 4), rounded(key, 4), rounded(value, 4), *args, **kwargs
-    )
+    return sdpa_attention_forward(module, rounded(query, 4), rounded(key, 4), rounded(value, 4), *args, **kwargs)
 
 
 AttentionInterface.register("reference_4", attention_4)
@@ -180,9 +178,7 @@ def write_packed(directory: Path, config: PretrainedConfig, fmt: PackedFormat, s
 
 def load(directory: Path, dtype: torch.dtype = torch.float32, **kwargs) -> PreTrainedModel:
     """The packed model, every tensor of the directory used and none made up."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, output_loading_info=True, **kwargs
-    )
+    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **kwargs)
     assert not any(info.values()), info
     return model
 

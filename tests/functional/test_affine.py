@@ -56,9 +56,7 @@ def some_rows(bits: int) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.randn(2, 5, 12, dtype=torch.float64) * 2
     scale = (torch.rand(2, 5, 1, dtype=torch.float64) + 0.5) * 3 / 2**bits
     zero = torch.randint(0, 2**bits, (2, 5, 1)).double()
-    x[0, 0, :2] = torch.stack(
-        [-zero[0, 0, 0] * scale[0, 0, 0], (2**bits - 1 - zero[0, 0, 0]) * scale[0, 0, 0]]
-    )
+    x[0, 0, :2] = torch.stack([-zero[0, 0, 0] * scale[0, 0, 0], (2**bits - 1 - zero[0, 0, 0]) * scale[0, 0, 0]])
     return x, scale, zero
 
 
@@ -308,9 +306,7 @@ def test_what_is_stored_is_a_loop_over_elements(bits: int, row: int, columns: in
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", BITS)
-def test_decoded_weights_are_the_fake_quantised_ones_where_float16_holds_the_scale(
-    bits: int, symmetric: bool
-) -> None:
+def test_decoded_weights_are_the_fake_quantised_ones_where_float16_holds_the_scale(bits: int, symmetric: bool) -> None:
     torch.manual_seed(bits)
     w = torch.randn(4, 40) * 0.1
     step = (torch.rand(4, 3, 1) * 0.05 + 0.01).half().float()

@@ -89,9 +89,7 @@ def loop_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, causal: bool
     return out
 
 
-def qkv(
-    heads: int, kv_heads: int, queries: int = 9, keys: int = 9, batch: int = 3
-) -> tuple[Tensor, Tensor, Tensor]:
+def qkv(heads: int, kv_heads: int, queries: int = 9, keys: int = 9, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(heads + kv_heads)
     return (
         torch.randn(batch, heads, queries, 8),

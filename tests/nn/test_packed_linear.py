@@ -98,6 +98,4 @@ def test_it_can_be_built_without_memory() -> None:
 
 
 def test_nothing_in_it_is_trained() -> None:
-    assert not any(
-        p.requires_grad for p in filled(torch.randn(4, 16), SCHEMES[0], torch.zeros(4)).parameters()
-    )
+    assert not any(p.requires_grad for p in filled(torch.randn(4, 16), SCHEMES[0], torch.zeros(4)).parameters())

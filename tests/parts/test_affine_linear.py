@@ -51,9 +51,7 @@ def test_two_logits_for_each_group(row: int, group_size: int, groups: int, symme
 
 def test_the_default_is_omniquants() -> None:
     q = quantizer(some_weights(48), IntScheme())
-    assert all(
-        p.sigmoid().flatten().tolist() == pytest.approx([0.98201] * 6, abs=5e-6) for p in q.parameters()
-    )
+    assert all(p.sigmoid().flatten().tolist() == pytest.approx([0.98201] * 6, abs=5e-6) for p in q.parameters())
     assert q.lr == 1e-2
 
 
@@ -68,9 +66,7 @@ def test_without_clipping_there_is_nothing_to_learn() -> None:
 @pytest.mark.parametrize(("row", "group_size", "groups"), SHAPES)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_what_is_stored_is_what_was_trained(
-    bits: int, symmetric: bool, row: int, group_size: int, groups: int
-) -> None:
+def test_what_is_stored_is_what_was_trained(bits: int, symmetric: bool, row: int, group_size: int, groups: int) -> None:
     """Up to the scale's float16: one part in 2^11, and a code more or less where that tips one."""
     w, scheme = some_weights(row), IntScheme(bits, group_size, symmetric)
     q = scatter(quantizer(w, scheme))
@@ -93,9 +89,7 @@ def test_what_is_stored_is_what_was_trained(
 def test_they_agree_bit_by_bit_where_float16_holds_the_scale(bits: int, symmetric: bool) -> None:
     torch.manual_seed(bits)
     low, high = (
-        (2 ** (bits - 1) - 1, 2 ** (bits - 1) - 1)
-        if symmetric
-        else (2 ** (bits - 2), 2**bits - 1 - 2 ** (bits - 2))
+        (2 ** (bits - 1) - 1, 2 ** (bits - 1) - 1) if symmetric else (2 ** (bits - 2), 2**bits - 1 - 2 ** (bits - 2))
     )
     w = torch.empty(6, 40).uniform_(-low, high)
     w[:, ::8], w[:, 1::8] = -low, high  # every group of 16, and the short one, has the range -low .. high
@@ -103,9 +97,7 @@ def test_they_agree_bit_by_bit_where_float16_holds_the_scale(bits: int, symmetri
     q = quantizer(w, IntScheme(bits, 16, symmetric), clip=False)
     with torch.no_grad():
         fake, decoded = q.fake(w), q.decode(q.encode(w))
-    assert torch.equal(
-        fake[[0, 1, 3]], decoded[[0, 1, 3]]
-    )  # steps that are powers of two: no rounding anywhere
+    assert torch.equal(fake[[0, 1, 3]], decoded[[0, 1, 3]])  # steps that are powers of two: no rounding anywhere
     torch.testing.assert_close(fake, decoded, rtol=1e-5, atol=1e-7)
 
 

@@ -43,9 +43,7 @@ def test_terms_are_named_after_loss_and_target(
 
 
 def test_terms_are_weighted_losses(output: Tensor, targets: Targets) -> None:
-    terms = Reconstruction(mse=2.0, nlc=0.5, rse=4.0, targets=("fp", "fp_on_quantised")).terms(
-        output, targets
-    )
+    terms = Reconstruction(mse=2.0, nlc=0.5, rse=4.0, targets=("fp", "fp_on_quantised")).terms(output, targets)
     target: Target
     for target in ("fp", "fp_on_quantised"):
         mse, nlc = mean_squared_error(output, targets[target]), negative_log_cosine(output, targets[target])

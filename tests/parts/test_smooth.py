@@ -400,9 +400,7 @@ def test_llamas_shifts_start_at_zero() -> None:
 
 def test_a_biased_value_shift_starts_at_the_mean_over_its_query_heads() -> None:
     _, facts, state = prepared("llama_biased", shift="biased")
-    middle = facts.ranges["self_attn.o_proj"].middle.view(
-        2, 2, 12
-    )  # key/value heads, query heads of each, channels
+    middle = facts.ranges["self_attn.o_proj"].middle.view(2, 2, 12)  # key/value heads, query heads of each, channels
     torch.testing.assert_close(value_site(state).shift.detach(), middle.mean(1).flatten())
 
 

@@ -51,6 +51,15 @@ class Smooth(Transform):
         when: When = "activations",
         faithful: bool = False,
     ) -> None:
+        for name, value, kind in (
+            ("initial", initial, Initial),
+            ("shift", shift, Shift),
+            ("when", when, When),
+        ):
+            if value not in get_args(kind):
+                raise InputError(f"{name}={value!r}: one of {', '.join(get_args(kind))} is needed; see the docs")
+        if isinstance(sites, str) or not set(sites) <= set(get_args(Site)):
+            raise InputError(f"sites={sites!r}: a list of {', '.join(get_args(Site))} is needed; leave out for all")
         if not 0 <= alpha <= 1:
             raise InputError(f"alpha={alpha}: the activations' share is between 0 and 1; 0.5 is usual")
         if not lr > 0:
@@ -118,11 +127,7 @@ class Smooth(Transform):
 
     def _value_shift(self, facts: BlockFacts) -> Tensor | None:
         site = facts.layout.attention
-        if (
-            self.shift == "none"
-            or f"{site.v}.bias" not in facts.weights
-            or f"{site.o}.bias" not in facts.weights
-        ):
+        if self.shift == "none" or f"{site.v}.bias" not in facts.weights or f"{site.o}.bias" not in facts.weights:
             return None
         middle = _by_value_channel(facts.ranges[site.o].middle, site).mean(1).flatten()
         own_bias = bool(facts.weights[f"{site.v}.bias"].any())

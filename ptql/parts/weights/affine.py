@@ -29,9 +29,7 @@ class Affine(WeightQuantizer):
         self.lr = lr
 
     def for_linear(self, name: str, weight: Tensor, scheme: IntScheme) -> LinearQuantizer:
-        return AffineLinear(
-            weight.shape[0], weight.shape[1], scheme, self.initial if self.clip else None, self.lr
-        )
+        return AffineLinear(weight.shape[0], weight.shape[1], scheme, self.initial if self.clip else None, self.lr)
 
 
 class AffineLinear(LinearQuantizer):
