@@ -83,6 +83,13 @@ class Checkpoint:
             unpack_block(block)
         return block.to(device).eval().requires_grad_(False)
 
+    def check_blocks(self) -> None:
+        """Raise `InputError` if a tensor of a block is missing: better now than when its turn comes."""
+        for index in range(0 if self.packed else self.num_blocks):
+            path = f"{self.family.blocks}.{index}"
+            for name in self._skeleton.get_submodule(path).state_dict():
+                self._must_have(f"{path}.{name}")
+
     def shell(self) -> Shell:
         """Everything but the blocks, in float32 on the CPU: embeddings, final norm, head."""
         outside = copy.deepcopy(_without_blocks(self._skeleton, self.family.blocks))
@@ -114,13 +121,16 @@ class Checkpoint:
         short = name.removeprefix("model.")
         return name if name in self.files else short if short in self.files else None
 
+    def _must_have(self, name: str) -> str:
+        if (stored := self._stored(name)) is None:
+            raise InputError(f"{self.directory}: tensor {name} is missing; the model directory is incomplete")
+        return stored
+
     def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor, as stored, one after the other; the pages of the files are let go at the end."""
         by_file: dict[Path, list[tuple[str, str]]] = {}
         for name in names:
-            stored = self._stored(name)
-            if stored is None:
-                raise InputError(f"{self.directory}: tensor {name} is missing; the model directory is incomplete")
+            stored = self._must_have(name)
             by_file.setdefault(self.files[stored], []).append((name, stored))
         for file, pairs in by_file.items():
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from importlib.resources import files
@@ -16,7 +17,7 @@ CONFIGS = "ptql.configs"
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a command. 0: done; 2: the input was wrong, one line on stderr says how; 130: interrupted."""
+    """Run a command. 0: done; 2: the input was wrong, one line on stderr says how; 130, 143: stopped by a signal."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         _run(with_shipped_configs(sys.argv[1:] if args is None else args))
@@ -24,9 +25,19 @@ def main(args: list[str] | None = None) -> int:
         print(f"ptql: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ptql: interrupted; the same command goes on after the last finished block", file=sys.stderr)
-        return 130
+        return _stopped(130)
+    except SystemExit as stop:  # what Lightning makes of signals while a block learns: code 1, and code 0
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return _stopped(130)
+        if type(stop).__name__ == "SIGTERMException":
+            return _stopped(143)
+        raise
     return 0
+
+
+def _stopped(code: int) -> int:
+    print("ptql: stopped; the same command goes on after the last finished block", file=sys.stderr)
+    return code
 
 
 def _run(args: list[str]) -> None:
@@ -40,7 +51,7 @@ def _run(args: list[str]) -> None:
 
     class Parser(LightningArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise InputError(" ".join(str(message).split()))
+            raise InputError(plain_message(message))
 
     class SaveRunConfig(SaveConfigCallback, BlockCallback):
         """Writes the merged configuration to RUN/config.yaml when the run starts, learned or not."""
@@ -62,10 +73,20 @@ def _run(args: list[str]) -> None:
         def subcommands() -> dict[str, set[str]]:
             return {"fit": {"model", "datamodule"}, "eval": {"model", "datamodule"}}
 
+        def instantiate_classes(self) -> None:
+            try:
+                super().instantiate_classes()
+            except ValueError as error:  # jsonargparse wraps what the constructor of a part says
+                cause: BaseException | None = error
+                while cause is not None and not isinstance(cause, InputError):
+                    cause = cause.__cause__ or cause.__context__
+                raise cause or error from None
+
         def _parse_ckpt_path(self) -> None:
             """Runs continue from their ledger, so there is no checkpoint whose settings could be merged in."""
 
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="LightningCLI.s args parameter")  # main(args) is how tests call it
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode.*")  # on purpose
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
@@ -91,6 +112,20 @@ def _run(args: list[str]) -> None:
         parser_kwargs={"prog": "ptql"},
         args=args,
     )
+
+
+def plain_message(message: str) -> str:
+    """What jsonargparse says of a wrong option, on one line and the value first where it can be told."""
+    remedy = "; correct it, --help lists the options"
+    text = " ".join(str(message).split()).replace(remedy, "")  # an inner parser has added it already
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    if found := re.search(r"""Parser key "([^"]+)": Expected a <class '(\w+)'>\. Got value: (.*)$""", text):
+        key, kind, value = found.groups()
+        text = f"{key}={value}: {kinds.get(kind, kind)} is needed"
+    elif found := re.search(r'Parser key "([^"]+)": Does not validate .*? Errors: - (.*?) Given value type: ', text):
+        reasons = found[2].replace(" - Expected a <class 'NoneType'>", "")
+        text = f"{found[1]}={text.rpartition(' Given value: ')[2]}: {reasons}"
+    return text + remedy
 
 
 def with_shipped_configs(args: list[str]) -> list[str]:

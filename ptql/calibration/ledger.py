@@ -40,12 +40,16 @@ class Ledger:
         }
         path = self.folder / MANIFEST
         if path.is_file():
-            self._continue(json.loads(path.read_text(encoding="utf-8")))
-        elif taken := [name for name in OURS if (run / name).exists()]:
+            self._continue(_manifest(path))
+        elif taken := [name for name in OURS if (run / name).exists() and not self._just_begun(name)]:
             raise InputError(
                 f"{run}: holds {', '.join(taken)} but no ledger of this run; "
                 "give another --trainer.default_root_dir, or remove it"
             )
+
+    def _just_begun(self, name: str) -> bool:
+        """Whether this is a ledger of a run that was killed before its manifest was in place."""
+        return name == FOLDER and all(file.name == MANIFEST + ".tmp" for file in self.folder.iterdir())
 
     def _continue(self, found: dict[str, Any]) -> None:
         mine = self.manifest["identity"]
@@ -54,18 +58,23 @@ class Ledger:
             raise InputError(
                 f"{self.folder}: ledger version {found.get('version')}, this ptql writes {VERSION}; start anew"
             )
-        for key in sorted(mine.keys() | theirs.keys()):
-            if mine.get(key) != theirs.get(key):
-                raise InputError(
-                    f"{self.run}: holds another run, whose {key} was {theirs.get(key)!r} and is {mine.get(key)!r} now; "
-                    "give another --trainer.default_root_dir, or remove it"
-                )
+        if (changed := _change(theirs, mine)) is not None:
+            key, before, now = changed
+            raise InputError(
+                f"{self.run}: holds another run, whose {key} was {before!r} and is {now!r} now; "
+                "give another --trainer.default_root_dir, or remove it"
+            )
         self.manifest = found
 
     def start(self) -> None:
-        """Put the manifest on disk: from now on the directory belongs to this run."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._write_manifest()
+        """Put the manifest on disk: from now on the directory belongs to this run; `InputError` if it can't."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_manifest()
+        except OSError as error:
+            raise InputError(
+                f"{self.run}: can't be written to ({error.strerror}); give another --trainer.default_root_dir"
+            ) from error
 
     def summary(self, index: int) -> dict[str, Any] | None:
         """What was noted of block `index`, or None if it is not finished."""
@@ -107,6 +116,24 @@ class Ledger:
         scratch = self.folder / (MANIFEST + ".tmp")
         scratch.write_text(json.dumps(self.manifest, indent=2) + "\n", encoding="utf-8")
         os.replace(scratch, self.folder / MANIFEST)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); remove {path.parent.parent} and start anew") from None
+
+
+def _change(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first difference of two nested settings: where it is, and both values."""
+    if before == now:
+        return None
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            if found := _change(before.get(name), now.get(name), f"{key}.{name}" if key else name):
+                return found
+    return key, before, now
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from ptql.errors import InputError
 from ptql.formats.ptql import PackedFormat
 from ptql.nn.student import biased_linears, make_student, weights_of
 from ptql.parts import settings
-from ptql.parts.activations import ActivationQuantizer, DynamicTokens
+from ptql.parts.activations import ActivationQuantizer, DynamicTokens, TokenRounding
 from ptql.parts.objectives import Objective, Reconstruction
 from ptql.parts.transforms import AddedBiases, BlockFacts, InputRange, Transform
 from ptql.parts.weights import Affine, WeightQuantizer
@@ -81,6 +81,7 @@ class QuantLM(LightningModule):
         source = Checkpoint(resolve(Path(self.source) if Path(self.source).exists() else self.source))
         if source.packed is not None:
             raise InputError(f"{self.source}: quantised by ptql already; give the original model")
+        source.check_blocks()
         return source
 
     def identity(self) -> dict[str, Any]:
@@ -105,7 +106,14 @@ class QuantLM(LightningModule):
         return added
 
     def packed_format(self, source: Checkpoint, added: AddedBiases) -> PackedFormat:
-        """How the result is described in its config.json."""
+        """How the result is described in its config.json; `InputError` if it can't be."""
+        for name in source.layout.names:
+            rounding = self.activation_quantizer.for_linear(name, self.activation)
+            if rounding != (TokenRounding(self.activation.bits) if self.activation.quantised else None):
+                raise InputError(
+                    f"activation_quantizer {type(self.activation_quantizer).__name__}: a packed model rounds each "
+                    "token dynamically, and nothing else can be stored; use DynamicTokens"
+                )
         rounds_qkv = self.activation_quantizer.for_attention(self.activation) is not None
         return PackedFormat(
             method=self.method,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from ptql.calibration.activations import Streams
@@ -30,6 +33,15 @@ METRICS = "metrics.json"
 MODEL = "model"
 
 
+class RunLogger(TensorBoardLogger):
+    """TensorBoard on one step axis, also where a run goes on: the steps of blocks finished earlier count."""
+
+    first_step = 0
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics(metrics, None if step is None else self.first_step + step)
+
+
 class BlockTrainer(Trainer):
     """A Trainer whose `fit` calibrates a model one transformer block at a time.
 
@@ -41,11 +53,21 @@ class BlockTrainer(Trainer):
     num_blocks: int = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            given = f"accelerator={kwargs.get('accelerator', 'auto')}, devices={kwargs.get('devices', 'auto')}"
+            reason = " ".join(str(error).split())
+            raise InputError(f"trainer ({given}): {reason}; correct --trainer.*, `ptql fit --help` lists it") from error
+        if self.max_steps != -1 or self.max_epochs is None or self.max_epochs < 0:
+            raise InputError(
+                f"max_epochs={self.max_epochs}, max_steps={self.max_steps}: every block learns for the same number "
+                "of epochs; use --trainer.max_epochs N, 0 or more, without max_steps and fast_dev_run"
+            )
         if self.world_size > 1:
             raise InputError(f"devices={self.world_size}: a run uses one device for now; leave --trainer.devices at 1")
         if kwargs.get("logger") in (None, True):
-            self.logger = TensorBoardLogger(self.default_root_dir, name="tensorboard", version="")
+            self.logger = RunLogger(self.default_root_dir, name="tensorboard", version="")
 
     @property
     def run_dir(self) -> Path:
@@ -57,18 +79,18 @@ class BlockTrainer(Trainer):
         began = time.monotonic()
         self._start(model)
         source = model.open()
+        stored_as = model.packed_format(source, model.added_biases(source.block(0), source))
         windows = datamodule.windows(source.directory, source.context)
         ledger = Ledger(self.run_dir, self._identity(model, datamodule, source, windows))
-        ledger.start()
         self.num_blocks = source.num_blocks
         device = self.strategy.root_device
         streams = Streams(source.shell(), windows, datamodule.batch_size, device)
+        ledger.start()
         self._notify("on_model_start", model)
         for index in range(self.num_blocks):
             self.block = index
             self._notify("on_block_end", self._block(index, model, source, streams, ledger))
-        added = model.added_biases(source.block(0), source)
-        write_model(source, model.packed_format(source, added), ledger, self.run_dir / MODEL)
+        write_model(source, stored_as, ledger, self.run_dir / MODEL)
         self._record(model, ledger, source, time.monotonic() - began)
         self._notify("on_model_end", model)
 
@@ -90,9 +112,12 @@ class BlockTrainer(Trainer):
         if (found := ledger.read(index)) is not None:
             stored = {name: tensor.to(device) for name, tensor in found[0].items()}
             streams.advance(streams.output(task.student, task.decode(stored)))
-            return {**(ledger.summary(index) or {}), "resumed": True}
+            summary = ledger.summary(index) or {}
+            if isinstance(self.logger, RunLogger):
+                self.logger.first_step += summary.get("steps", 0)
+            return {**summary, "resumed": True}
         self._notify("on_block_start", task)
-        learning = time.monotonic()
+        learning, first_step = time.monotonic(), self.global_step
         if task.initial and self.max_epochs:
             self._learn(task, streams)
         learned = time.monotonic()
@@ -101,6 +126,7 @@ class BlockTrainer(Trainer):
             **finished.summary,
             "seconds": round(time.monotonic() - began, 3),
             "seconds_learning": round(learned - learning, 3),
+            "steps": self.global_step - first_step,
         }
         if device.type == "cuda":
             summary["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(device)
@@ -112,6 +138,8 @@ class BlockTrainer(Trainer):
         """One ordinary Lightning fit; steps and the logger's axis go on counting from block to block."""
         self.fit_loop.epoch_progress.reset()
         super().fit(task, train_dataloaders=streams.batches())
+        if self.received_sigterm:  # after the loop's own last look
+            raise SIGTERMException
 
     def _identity(self, model: QuantLM, data: CalibrationData, source: Checkpoint, windows: Tensor) -> dict[str, Any]:
         tokens = hashlib.sha256(windows.numpy().tobytes()).hexdigest()  # another tokenizer is another run
@@ -120,6 +148,9 @@ class BlockTrainer(Trainer):
             "data": {**data.identity(), "tokens_sha256": tokens},
             "recipe": model.identity(),
             "max_epochs": self.max_epochs,
+            "accumulate_grad_batches": self.accumulate_grad_batches,
+            "gradient_clip": [self.gradient_clip_val, self.gradient_clip_algorithm],
+            "limit_train_batches": self.limit_train_batches,
             "precision": f"{self.precision}, matmul {model.matmul}",
         }
 
@@ -159,7 +190,7 @@ class BlockTrainer(Trainer):
         datamodule: CalibrationData | None = None,
         run: str | None = None,
         text: dict[str, str] | None = None,
-        tasks: list[str] | None = None,
+        tasks: list[str] | str | None = None,
         include_path: str | None = None,
         limit: int | None = None,
         length: int | None = None,
@@ -172,7 +203,7 @@ class BlockTrainer(Trainer):
         Args:
             run: A finished run, whose model is measured; its metrics.json gets the results. Or --model.source.
             text: Texts for perplexity, by name: --text.NAME FILE.
-            tasks: lm-eval tasks.
+            tasks: lm-eval tasks: a list, or names with commas between them.
             include_path: Folder of further lm-eval task files.
             limit: Items of each task; all by default.
             length: Tokens of a window; 2048, or the model's context where that is shorter.
@@ -187,7 +218,7 @@ class BlockTrainer(Trainer):
             results,
             device=self.strategy.root_device,
             texts=text or {},
-            tasks=tasks or [],
+            tasks=tasks.split(",") if isinstance(tasks, str) else tasks or [],
             include_path=None if include_path is None else Path(include_path),
             limit=limit,
             length=length,

@@ -17,7 +17,7 @@ from ptql.calibration.tokens import consecutive_windows, load_tokenizer, tokeniz
 from ptql.checkpoint import Checkpoint, resolve
 from ptql.errors import InputError
 from ptql.evaluation.perplexity import perplexity
-from ptql.evaluation.results import merge_metrics, print_results
+from ptql.evaluation.results import merge_metrics, print_results, read_metrics
 from ptql.evaluation.tasks import check_tasks, run_tasks
 from ptql.formats.ptql import unpack_block
 
@@ -42,6 +42,11 @@ def evaluate(
     Without texts and tasks, the evaluation part of `pydoc` is measured. Every input is checked before the
     first block is read.
     """
+    for name, value in (("windows", max_windows), ("limit", limit), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value}: at least 1 is needed; leave --{name} out for the default")
+    if results is not None:
+        read_metrics(results)
     model = Checkpoint(resolve(source))
     tokenizer = load_tokenizer(model.directory)
     length = _window_length(length, model.context)

@@ -27,7 +27,7 @@ def merge_metrics(path: Path, update: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: The file is there but can't be read as a JSON object.
     """
-    merged = _storable(_deep_merge(_read_metrics(path), update))
+    merged = _storable(_deep_merge(read_metrics(path), update))
     text = json.dumps(merged, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -119,7 +119,8 @@ def _number(value: float | str, digits: int) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.3g}"
 
 
-def _read_metrics(path: Path) -> dict[str, Any]:
+def read_metrics(path: Path) -> dict[str, Any]:
+    """What the JSON file of metrics holds, `{}` if there is none; `InputError` if it can't be read."""
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

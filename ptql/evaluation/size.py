@@ -31,8 +31,12 @@ def model_size(model: Path, source: Checkpoint) -> dict[str, float | int]:
         and own biases) over their weights; `bits_per_weight_with_embeddings`: all tensors over all parameters;
         `size_bytes`: the weight files on disk; `weights`, `parameters`: the counts behind the two.
     """
+    blocks = (source.family.blocks, source.family.blocks.removeprefix("model."))  # some OPT files use the short form
     prefixes = tuple(
-        f"{source.family.blocks}.{index}.{name}." for index in range(source.num_blocks) for name in source.layout.names
+        f"{path}.{index}.{name}."
+        for path in blocks
+        for index in range(source.num_blocks)
+        for name in source.layout.names
     )
     stored_linear = stored = 0
     for file in model.glob("*.safetensors"):

@@ -1,0 +1,141 @@
+"""Every file in configs/ through the real parser: what it builds is what its name and its comment say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ptql.calibration.data import CalibrationData
+from ptql.calibration.quant_lm import QuantLM
+from ptql.calibration.trainer import BlockTrainer
+from ptql.cli import main
+from ptql.parts.objectives import Reconstruction
+from ptql.parts.transforms import Smooth
+from ptql.parts.weights import Affine
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+METHODS = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml"))
+SCHEMES = sorted(path.stem for path in (CONFIGS / "schemes").glob("*.yaml"))
+OTHERS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+SMOOTHED = {"omniquant", "lrquant", "lrquant_tokens"}
+CPU = ("--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
+Built = tuple[QuantLM, CalibrationData, BlockTrainer]
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs `ptql fit` up to the call of `fit`, and gives what it would be called with."""
+    built: list[Built] = []
+
+    def fit(self: BlockTrainer, model: QuantLM, datamodule: CalibrationData | None = None) -> None:
+        assert datamodule is not None
+        built.append((model, datamodule, self))
+
+    def run(*names: str) -> Built:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(BlockTrainer, "fit", fit)
+        assert main(["fit", *(part for name in names for part in ("-c", name)), *CPU]) == 0
+        assert list(tmp_path.iterdir()) == []
+        return built.pop()
+
+    return run
+
+
+def numbers(scheme: str) -> tuple[int, int, int]:
+    """Weight bits, activation bits and group size in a name such as w2a16g64."""
+    found = re.fullmatch(r"w(\d+)a(\d+)(?:g(\d+))?", scheme)
+    assert found, scheme
+    return int(found[1]), int(found[2]), int(found[3] or -1)
+
+
+def test_the_files_that_were_asked_for_are_there() -> None:
+    assert {"rtn", "omniquant", "lrquant"} <= set(METHODS)
+    asked = "w2a16 w2a16g64 w2a16g128 w3a16 w3a16g128 w4a16 w4a16g128 w6a6 w4a4 w4a8 w3a8 w2a8 w8a8"
+    assert set(asked.split()) <= set(SCHEMES)
+    assert {"base", "demo"} <= set(OTHERS)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_a_file_opens_with_what_it_is(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    assert re.fullmatch(r"# \S.{20,}", first)
+    if path.parent.name == "methods":
+        assert first.startswith(f"# ptql fit -c methods/{path.stem} -c schemes/")
+        assert yaml.safe_load(path.read_text())["model"]["method"] == path.stem
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_scheme_has_the_numbers_of_its_name_and_of_its_comment(scheme: str) -> None:
+    path = CONFIGS / "schemes" / f"{scheme}.yaml"
+    weight, activation, group = numbers(scheme)
+    assert yaml.safe_load(path.read_text()) == {
+        "model": {
+            "weight": {"bits": weight, "group_size": group, "symmetric": False},
+            "activation": {"bits": activation},
+        }
+    }
+    of_groups = "one scale a row" if group == -1 else f"groups of {group}"
+    of_activations = "not quantised" if activation == 16 else f"{activation} bits, dynamic per token"
+    assert path.read_text().splitlines()[0] == (
+        f"# Weights: {weight} bits, {of_groups}, asymmetric. Activations: {of_activations}."
+    )
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_with_every_scheme(build: Any, method: str, scheme: str) -> None:
+    model, _, trainer = build(f"methods/{method}", f"schemes/{scheme}")
+    weight, activation, group = numbers(scheme)
+    assert (model.weight.bits, model.weight.group_size, model.weight.symmetric) == (weight, group, False)
+    assert model.activation.bits == activation
+    assert model.method == method
+    assert isinstance(model.weight_quantizer, Affine)
+    assert model.weight_quantizer.clip == (method != "rtn")
+    smoothed = method in SMOOTHED and activation < 16
+    assert [type(transform) for transform in model.transforms] == [Smooth] * smoothed
+    assert trainer.max_epochs == (0 if method == "rtn" else 20)
+    json.dumps(model.identity())  # what a run is recognised by
+
+
+def test_what_the_methods_learn_with(build: Any) -> None:
+    """The settings that distinguish the papers."""
+    found = {}
+    for method in ("omniquant", "lrquant", "lrquant_tokens"):
+        model, _, _ = build(f"methods/{method}", "schemes/w4a4")
+        (smooth,), loss = model.transforms, model.objective
+        assert isinstance(smooth, Smooth)
+        assert isinstance(loss, Reconstruction)
+        clip = model.weight_quantizer
+        assert (clip.initial, clip.lr) == (4.0, 0.01)
+        found[method] = (smooth.initial, smooth.shift, smooth.lr, loss.mse, loss.nlc, loss.rse, tuple(loss.targets))
+    assert found == {
+        "omniquant": ("balanced", "biased", 0.005, 1.0, 0.0, 0.0, ("fp",)),
+        "lrquant": ("log", "all", 0.001, 1.0, 1.0, 0.0, ("fp",)),
+        "lrquant_tokens": ("log", "all", 0.001, 0.0, 1.0, 1.0, ("fp",)),
+    }
+
+
+def test_the_order_of_files_does_not_matter_where_they_do_not_overlap(build: Any) -> None:
+    one, _, _ = build("methods/lrquant", "schemes/w4a4")
+    two, _, _ = build("schemes/w4a4", "methods/lrquant")
+    assert one.identity() == two.identity()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_of_data_and_trainer(build: Any, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:  # base.yaml wants a GPU: only parsed
+        main(["fit", "-c", name, "-c", "methods/lrquant", "-c", "schemes/w3a16g64", "--print_config"])
+    assert stop.value.code == 0
+    merged = yaml.safe_load(capfd.readouterr().out)
+    for section, values in yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()).items():
+        for key, value in values.items():
+            if (section, key) != ("trainer", "max_epochs"):  # the method, which comes later, sets it as well
+                assert merged[section][key] == value
+    model, data, _ = build("methods/lrquant", "schemes/w3a16g64", name)
+    assert (model.weight.bits, model.weight.group_size) == (3, 64)
+    assert data.batch_size <= data.samples
