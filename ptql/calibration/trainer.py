@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,7 @@ class BlockTrainer(Trainer):
         for index in range(self.num_blocks):
             self.block = index
             self._notify("on_block_end", self._block(index, model, source, streams, ledger))
+            _give_back_memory()
         write_model(source, stored_as, ledger, self.run_dir / MODEL)
         self._record(model, ledger, source, time.monotonic() - began)
         self._notify("on_model_end", model)
@@ -234,6 +237,12 @@ class BlockTrainer(Trainer):
         if not (Path(run) / MODEL).is_dir():
             raise InputError(f"{run}: no finished model in this run; let `ptql fit` end first")
         return Path(run) / MODEL, Path(json) if json else Path(run) / METRICS
+
+
+def _give_back_memory() -> None:
+    """Return what is free to the system: glibc would keep up to 100 MB between a 15 MB block's tensors."""
+    with suppress(OSError, AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _device_name(device: torch.device) -> str:
