@@ -60,7 +60,7 @@ def _run(args: list[str]) -> None:
             return None
 
         def on_model_start(self, trainer: BlockTrainer, model: QuantLM) -> None:
-            self.parser.save(self.config, trainer.run_dir / "config.yaml", overwrite=True, skip_none=False)
+            self.parser.save(self.config, trainer.run_dir / "config.yaml", overwrite=True)
 
     class CLI(LightningCLI):
         def init_parser(self, **kwargs: Any) -> Parser:

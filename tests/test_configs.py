@@ -126,16 +126,21 @@ def test_the_order_of_files_does_not_matter_where_they_do_not_overlap(build: Any
     assert one.identity() == two.identity()
 
 
+def holds(merged: dict[str, Any], file: dict[str, Any]) -> None:
+    """Every value of the file is in the merged configuration."""
+    for key, value in file.items():
+        if isinstance(value, dict):
+            holds(merged[key], value)
+        else:
+            assert merged[key] == value, key
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_files_of_data_and_trainer(build: Any, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:  # base.yaml wants a GPU: only parsed
-        main(["fit", "-c", name, "-c", "methods/lrquant", "-c", "schemes/w3a16g64", "--print_config"])
+        main(["fit", "-c", "methods/lrquant", "-c", "schemes/w3a16g64", "-c", name, "--print_config"])
     assert stop.value.code == 0
-    merged = yaml.safe_load(capfd.readouterr().out)
-    for section, values in yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()).items():
-        for key, value in values.items():
-            if (section, key) != ("trainer", "max_epochs"):  # the method, which comes later, sets it as well
-                assert merged[section][key] == value
+    holds(yaml.safe_load(capfd.readouterr().out), yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))
     model, data, _ = build("methods/lrquant", "schemes/w3a16g64", name)
     assert (model.weight.bits, model.weight.group_size) == (3, 64)
     assert data.batch_size <= data.samples
