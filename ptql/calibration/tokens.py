@@ -73,7 +73,8 @@ def consecutive_windows(tokens: Int[Tensor, " n"], length: int) -> Int[Tensor, "
 def refuse_short(tokens: Int[Tensor, " n"], length: int) -> None:
     """Raise `InputError` if the text is shorter than one window."""
     if (count := len(tokens)) < length:
-        remedy = "give a longer text" + (f", or use --data.length {count} or less (eval: --length)" if count > 1 else "")
+        shorter = f", or use --data.length {count} or less (eval: --length)" if count > 1 else ""
+        remedy = "give a longer text" + shorter
         raise InputError(f"text of {count} tokens: it is shorter than one window of {length}; {remedy}")
 
 
