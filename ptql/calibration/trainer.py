@@ -110,9 +110,10 @@ class BlockTrainer(Trainer):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         block = source.block(index, device)
-        ranges = streams.teach(block, source.layout, model.objective.targets)
+        found = ledger.read(index)
+        ranges = streams.teach(block, source.layout, () if found else model.objective.targets)
         task = model.block_task(index, model.student(block, source), source, ranges, streams)
-        if (found := ledger.read(index)) is not None:
+        if found is not None:
             stored = {name: tensor.to(device) for name, tensor in found[0].items()}
             streams.advance(streams.output(task.student, task.decode(stored)))
             summary = ledger.summary(index) or {}

@@ -58,29 +58,22 @@ def evaluate(
     }
     if tasks:
         check_tasks(tasks, include_path)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"ppl": {}, "ppl_details": {}} if windows else {}
     for name, ids in windows.items():
         began = time.monotonic()
-        value = perplexity(model, ids, device, batch_size, _report(name))
-        details = {"windows": len(ids), "length": length, "seconds": round(time.monotonic() - began, 1)}
-        found = merge(found, {"ppl": {name: value}, "ppl_details": {name: details}})
+        found["ppl"][name] = perplexity(model, ids, device, batch_size, _report(name))
+        seconds = round(time.monotonic() - began, 1)
+        found["ppl_details"][name] = {"windows": len(ids), "length": length, "seconds": seconds}
     if tasks:
         whole = AutoModelForCausalLM.from_pretrained(model.directory, dtype=torch.float32, local_files_only=True)
         unpack_block(whole)  # once, instead of at every call
         whole.to(device)  # type: ignore[arg-type]
-        answers = run_tasks(whole.eval(), tokenizer, tasks, include_path, limit, batch_size, length)
-        found = merge(found, {"tasks": answers})
+        found["tasks"] = run_tasks(whole.eval(), tokenizer, tasks, include_path, limit, batch_size, length)
     print_results(found, Console())
     if results is not None:
         merge_metrics(results, found)
         print(f"written to {results}")
     return found
-
-
-def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Both dictionaries in one, the new one's values first, nested ones merged."""
-    nested = {key: merge(old[key], value) for key, value in new.items() if isinstance(value, dict) and key in old}
-    return {**old, **new, **nested}
 
 
 def _window_length(length: int | None, context: int) -> int:
