@@ -64,7 +64,8 @@ def main() -> int:
     model = QuantLM(args.model, **recipe)
     source = model.open()
     data = CalibrationData(args.text, args.samples, args.length, batch_size=min(4, args.samples))
-    streams = Streams(source.shell(), data.windows(source.directory, source.context), data.batch_size, device)
+    windows = data.windows(source.directory, source.context, source.family.bos)
+    streams = Streams(source.shell(), windows, data.batch_size, device)
     command = f"python benchmarks/first_token.py MODEL --text {Path(args.text).name}"
     command += f" --samples {args.samples} --length {args.length}"
     for index in range(source.num_blocks):

@@ -1,6 +1,8 @@
 """What happens around the loop over blocks."""
 
 from ptql.callbacks.block import BlockCallback
+from ptql.callbacks.checkpoint import BlockCheckpoint
+from ptql.callbacks.plots import BlockPlots
 from ptql.callbacks.progress import BlockProgress
 
-__all__ = ["BlockCallback", "BlockProgress"]
+__all__ = ["BlockCallback", "BlockCheckpoint", "BlockPlots", "BlockProgress"]

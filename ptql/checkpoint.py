@@ -5,24 +5,38 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ptql.errors import InputError
-from ptql.families import family_of
-from ptql.formats.ptql import PackedFormat, prepare_block, unpack_block
+from ptql.families import family_for
+from ptql.formats.ptql import QUANT_METHOD, PackedFormat, prepare_block, unpack_block
 from ptql.nn import attention
 from ptql.shell import Shell
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+BITS = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U8": 8,
+    "BOOL": 8,
+}
 SAMPLES = 64  # places of 64 KiB that stand for a whole weight file in its fingerprint
 
 
@@ -40,14 +54,9 @@ class Checkpoint:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         settings = _read_config(self.directory)
-        self.family = family_of(settings.get("model_type", ""))
-        quantization = settings.get("quantization_config")
-        if quantization is not None and quantization.get("quant_method") != "ptql":
-            raise InputError(
-                f"{directory}: quantised by {quantization.get('quant_method')!r} already; give the original model"
-            )
-        self.packed = None if quantization is None else PackedFormat.from_dict(quantization)
-        self.config = AutoConfig.from_pretrained(self.directory, local_files_only=True)
+        self.family = family_for(settings)
+        self.packed = _packed_format(self.directory, settings)
+        self.config = _config(self.directory)
         self.layout = self.family.layout(self.config)
         self.files = _tensor_files(self.directory)
 
@@ -102,7 +111,8 @@ class Checkpoint:
         self._assign(outside, loaded, strict=False)
         if head not in loaded:
             outside.get_submodule("lm_head").weight = outside.get_input_embeddings().weight  # type: ignore[operator]
-        return Shell(outside.requires_grad_(False), self.family.blocks)
+        blocks = self._skeleton.get_submodule(self.family.blocks)
+        return Shell(outside.requires_grad_(False), self.family.blocks, list(blocks.children()))
 
     def _assign(self, module: nn.Module, tensors: dict[str, Tensor], strict: bool = True) -> None:
         try:
@@ -139,6 +149,22 @@ class Checkpoint:
                         yield name, tensors.get_tensor(stored).clone()
             except SafetensorError as error:
                 raise InputError(f"{file}: damaged ({error}); fetch the model again") from None
+
+    def stored_bytes(self, names: list[str]) -> int:
+        """What these tensors take on the disk; only the files' headers are read."""
+        total = 0
+        for file in sorted({self.files[name] for name in names}):
+            with safe_open(file, "pt") as tensors:
+                for name in names:
+                    if self.files[name] == file:
+                        part = tensors.get_slice(name)
+                        total += math.prod(part.get_shape()) * BITS[part.get_dtype()] // 8
+        return total
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the full-precision model."""
+        return sum(parameter.numel() for parameter in self._skeleton.parameters())
 
     def dtype(self) -> torch.dtype:
         """The dtype in which the first block's first matrix is stored."""
@@ -181,6 +207,35 @@ def _read_config(directory: Path) -> dict:
         return dict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{directory}: config.json can't be read ({error}); give a Hugging Face directory") from None
+
+
+def _config(directory: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:  # its values are checked in many ways
+        detail = " ".join(str(error).split())
+        raise InputError(f"{directory}: transformers does not take its config.json ({detail}); restore it") from None
+
+
+# Beside config.json, from before there was `quantization_config` in it or instead of it: AutoGPTQ, AutoAWQ, ModelOpt.
+QUANTISED_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+
+
+def _packed_format(directory: Path, settings: dict) -> PackedFormat | None:
+    """How ptql packed the model; None if it is in full precision, `InputError` if another tool quantised it."""
+    # compressed-tensors called it `compression_config` once
+    quantization = settings.get("quantization_config", settings.get("compression_config"))
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        if method == QUANT_METHOD:
+            return PackedFormat.from_dict(quantization)
+        if method is None and {"load_in_4bit", "load_in_8bit"} & set(quantization):  # its early form
+            method = "bitsandbytes"
+        raise InputError(f"{directory}: quantised by {method!r} already; give the original model")
+    for name, method in QUANTISED_FILES.items():
+        if (directory / name).is_file():
+            raise InputError(f"{directory}: quantised by {method!r} already, as {name} says; give the original model")
+    return None
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:

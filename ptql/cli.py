@@ -11,32 +11,37 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ptql.errors import InputError
+from ptql.calibration.stopping import Stopped, end_with_parent
+from ptql.errors import InputError, RunError
 
 CONFIGS = "ptql.configs"
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a command. 0: done; 2: the input was wrong, one line on stderr says how; 130, 143: stopped by a signal."""
+    """Run a command. 0: done; 2: the input was wrong, one line on stderr says how; 130, 143: stopped by a signal.
+
+    1: something around the run broke (another process, for one); the same command goes on.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    end_with_parent()  # where this is one of several processes, started by the first
     try:
         _run(with_shipped_configs(sys.argv[1:] if args is None else args))
     except InputError as error:
         print(f"ptql: error: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"ptql: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return _stopped(130)
-    except SystemExit as stop:  # what Lightning makes of signals while a block learns: code 1, and code 0
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            return _stopped(130)
-        if type(stop).__name__ == "SIGTERMException":
-            return _stopped(143)
-        raise
+    except Stopped as stop:
+        return _stopped(int(stop.code or 0))
     return 0
 
 
 def _stopped(code: int) -> int:
-    print("ptql: stopped; the same command goes on after the last finished block", file=sys.stderr)
+    if code:  # of several processes, only the first one speaks
+        print("ptql: stopped; the same command goes on from here", file=sys.stderr)
     return code
 
 
@@ -47,7 +52,7 @@ def _run(args: list[str]) -> None:
     from ptql.calibration.data import CalibrationData
     from ptql.calibration.quant_lm import QuantLM
     from ptql.calibration.trainer import BlockTrainer
-    from ptql.callbacks import BlockCallback, BlockProgress
+    from ptql.callbacks import BlockCallback
 
     class Parser(LightningArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -96,10 +101,8 @@ def _run(args: list[str]) -> None:
         CalibrationData,
         trainer_class=BlockTrainer,
         trainer_defaults={
-            "callbacks": BlockProgress(),
             "default_root_dir": "ptql-run",
             "devices": 1,
-            "enable_checkpointing": False,
             "enable_model_summary": False,
             "log_every_n_steps": 10,
             "max_epochs": 20,

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ptql.calibration.ledger import Ledger
+from ptql.calibration.ledger import BlockRecord, Ledger
 from ptql.calibration.quant_lm import QuantLM
-from ptql.checkpoint import INDEX, SAMPLES, SINGLE, Checkpoint, resolve
+from ptql.checkpoint import INDEX, QUANTISED_FILES, SAMPLES, SINGLE, Checkpoint, resolve
 from ptql.errors import InputError
 from ptql.formats.write import write_model
 from ptql.nn.quant_linear import QuantLinear
@@ -24,15 +24,13 @@ from ptql.nn.student import call_block, make_student, weights_of
 from ptql.parts.transforms import AddedBiases
 from ptql.parts.weights import Affine
 from ptql.recipe import ActivationScheme, IntScheme
+from tests import models
 from tests.models import llama_config, opt_config, random_model, save, some_ids
 
 CONFIGS: dict[str, PretrainedConfig] = {
+    **models.CONFIGS,
     "llama_tied": llama_config(),
-    "llama_untied": llama_config(tie_word_embeddings=False),
-    "llama_biased": llama_config(attention_bias=True, mlp_bias=True, head_dim=20),
-    "opt": opt_config(),
     "opt_untied": opt_config(tie_word_embeddings=False),
-    "opt_projected": opt_config(word_embed_proj_dim=32),
     "opt_350m": opt_config(word_embed_proj_dim=32, do_layer_norm_before=False),
 }
 
@@ -45,8 +43,8 @@ def written(name: str, directory: Path, **options: Any) -> Path:
 def block_by_block(directory: Path, ids: Tensor) -> Tensor:
     source = Checkpoint(directory)
     shell = source.shell()
-    hidden, context = shell.embed(ids)
-    for index in range(source.num_blocks):
+    hidden, contexts = shell.embed(ids)
+    for index, context in enumerate(contexts):
         hidden = call_block(source.block(index), hidden, context)
     return shell.logits(hidden, ids)
 
@@ -96,7 +94,7 @@ def test_opt_files_may_leave_the_prefix_out(tmp_path: Path, name: str) -> None:
     check(directory)
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "llama_untied", "opt"])
+@pytest.mark.parametrize("name", ["llama_tied", "llama_untied", "phi3", "gemma3", "opt"])
 def test_shards_are_found_through_the_index(tmp_path: Path, name: str) -> None:
     directory = written(name, tmp_path / "model", max_shard_size="40KB")
     assert len(list(directory.glob("*.safetensors"))) > 2
@@ -157,7 +155,7 @@ def test_a_block_is_a_copy_that_the_files_and_later_blocks_do_not_share(tmp_path
 # Packed by ptql
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "opt"])
+@pytest.mark.parametrize("name", models.FAMILIES)
 def test_a_packed_directory_is_read_like_any_other(tmp_path: Path, name: str) -> None:
     source = Checkpoint(written(name, tmp_path / "model"))
     recipe = QuantLM(weight=IntScheme(3, 32), activation=ActivationScheme(6))
@@ -170,7 +168,7 @@ def test_a_packed_directory_is_read_like_any_other(tmp_path: Path, name: str) ->
             w = weights.pop(f"{linear}.weight")
             stored = Affine(clip=False).for_linear(linear, w, recipe.weight).encode(w)
             packed |= {f"{linear}.{part}": t for part, t in stored.items()}
-        ledger.record(index, {**weights, **packed}, {}, {})
+        ledger.record(index, BlockRecord({**weights, **packed}, {}, {}))
         blocks.append(block)
     write_model(source, recipe.packed_format(source, AddedBiases()), ledger, tmp_path / "packed")
 
@@ -179,8 +177,9 @@ def test_a_packed_directory_is_read_like_any_other(tmp_path: Path, name: str) ->
     assert isinstance(found.block(0).get_submodule(source.layout.names[0]), QuantLinear)
     ids = some_ids()
     shell = source.shell()
-    hidden, context = shell.embed(ids)
-    for block in blocks:  # the reference: dense blocks, whose weights are decoded one by one
+    hidden, contexts = shell.embed(ids)
+    # The reference: dense blocks, whose weights are decoded one by one.
+    for block, context in zip(blocks, contexts, strict=True):
         make_student(block, source.layout, AddedBiases(), recipe.activation_quantizer, recipe.activation)
         for linear in source.layout.names:
             w = block.get_submodule(linear).weight
@@ -277,18 +276,55 @@ def test_a_configuration_that_is_damaged(tmp_path: Path, content: str) -> None:
 def test_a_configuration_of_an_unknown_family_or_of_none(tmp_path: Path) -> None:
     directory = written("llama_tied", tmp_path / "model")
     configure(directory, model_type="bert")
-    refused(directory, "model_type='bert'.*llama, opt")
+    refused(directory, "model_type='bert'.*llama, mistral, opt")
     settings = json.loads((directory / "config.json").read_text())
     del settings["model_type"]
     (directory / "config.json").write_text(json.dumps(settings))
     refused(directory, "model_type=''")
 
 
-@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", None])
-def test_a_model_that_another_tool_has_quantised(tmp_path: Path, method: str | None) -> None:
+OTHERS: dict[str, dict[str, Any]] = {  # as their tools write it into config.json
+    "gptq": {"quantization_config": {"bits": 4, "group_size": 128, "desc_act": False, "quant_method": "gptq"}},
+    "awq": {"quantization_config": {"bits": 4, "quant_method": "awq", "version": "gemm", "zero_point": True}},
+    "fp8": {"quantization_config": {"activation_scheme": "dynamic", "quant_method": "fp8", "weight_block_size": [1]}},
+    "compressed-tensors": {"quantization_config": {"format": "pack-quantized", "quant_method": "compressed-tensors"}},
+    "sparseml": {"compression_config": {"format": "int-quantized", "quant_method": "sparseml"}},
+    "bitsandbytes": {"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}},
+    "mxfp4": {"quantization_config": {"modules_to_not_convert": ["lm_head"], "quant_method": "mxfp4"}},
+    "modelopt": {"quantization_config": {"quant_algo": "NVFP4", "quant_method": "modelopt"}},
+}
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_a_model_that_another_tool_has_quantised(tmp_path: Path, method: str) -> None:
     directory = written("llama_tied", tmp_path / "model")
-    configure(directory, quantization_config={"bits": 4} if method is None else {"quant_method": method})
+    configure(directory, **OTHERS[method])
     refused(directory, f"quantised by {method!r} already; give the original model")
+
+
+@pytest.mark.parametrize(
+    ("form", "method"),
+    [({"load_in_8bit": True}, "'bitsandbytes'"), ({"bits": 4}, "None"), ({}, "None"), ([], "None"), ("int4", "None")],
+)
+def test_a_quantised_model_that_does_not_say_by_what(tmp_path: Path, form: Any, method: str) -> None:
+    directory = written("llama_tied", tmp_path / "model")
+    configure(directory, quantization_config=form)
+    refused(directory, f"quantised by {method} already; give the original model")
+
+
+@pytest.mark.parametrize("file", QUANTISED_FILES)
+def test_a_quantised_model_that_says_it_beside_the_configuration(tmp_path: Path, file: str) -> None:
+    directory = written("llama_tied", tmp_path / "model")
+    configure(directory, quantization_config=None)
+    check(directory)
+    (directory / file).write_text("{}")
+    refused(directory, f"quantised by '{QUANTISED_FILES[file]}' already, as {file} says; give the original model")
+
+
+def test_a_configuration_that_contradicts_itself(tmp_path: Path) -> None:
+    directory = written("gemma3", tmp_path / "model")
+    configure(directory, num_hidden_layers=3)
+    refused(directory, r"transformers does not take its config\.json \(.*layer_types.*\); restore it")
 
 
 def test_pickled_weights_only(tmp_path: Path) -> None:

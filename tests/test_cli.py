@@ -227,7 +227,7 @@ def test_a_text_that_holds_no_window(
 
 def test_a_family_that_is_not_known(fit: Fit, refused: Callable[[list[str]], str], tmp_path: Path) -> None:
     line = refused(fit("--model.source", str(configured(tmp_path / "gpt2", {"model_type": "gpt2", "n_layer": 2}))))
-    assert "model_type='gpt2': this family is not known; give a model of one of: llama, opt" in line
+    assert "model_type='gpt2': this family is not known; give a model of one of: gemma2, gemma3_text, llama, " in line
 
 
 def test_a_model_without_a_type_or_without_a_configuration(fit: Fit, refused: Callable[[list[str]], str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptql.calibration.ranks import Ranks
 from ptql.calibration.statistics import observe_inputs
 from ptql.families import BlockLayout
 from ptql.nn.student import run_block
@@ -19,18 +20,31 @@ SHARE_OF_GPU = 0.5  # streams stay on the GPU while four of them (two, and two t
 
 
 class Batches:
-    """Slices of prepared tensors in fixed order, as the originals train: sized, no workers, no collation."""
+    """Slices of prepared tensors in fixed order, as the originals train: sized, no workers, no collation.
+
+    Lightning keeps `state_dict` in its checkpoints, so that an epoch can go on in its middle.
+    """
 
     def __init__(self, tensors: dict[str, Tensor], batch_size: int) -> None:
         self.tensors, self.batch_size = tensors, batch_size
         self.samples = len(tensors["input"])
+        self._given = self._first = 0
 
     def __len__(self) -> int:
         return -(-self.samples // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for start in range(0, self.samples, self.batch_size):
+        first, self._first = self._first, 0
+        for self._given in range(first + 1, len(self) + 1):
+            start = (self._given - 1) * self.batch_size
             yield {name: tensor[start : start + self.batch_size] for name, tensor in self.tensors.items()}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._given = state["given"]
+        self._first = self._given % len(self)  # a whole epoch given: the next one starts at its beginning
 
 
 class Streams:
@@ -38,29 +52,39 @@ class Streams:
 
     Args:
         shell: Embeds the windows; can be let go afterwards.
-        windows: Token ids [samples, tokens].
+        windows: Token ids [samples, tokens], of this process.
         batch_size: Samples that go through a block at a time.
         device: Where blocks run. The streams lie there too if they fit, else in host memory.
+        ranks: The processes that share the samples.
     """
 
     @torch.no_grad()
-    def __init__(self, shell: Shell, windows: Tensor, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self, shell: Shell, windows: Tensor, batch_size: int, device: torch.device, ranks: Ranks | None = None
+    ) -> None:
         self.batch_size = batch_size
-        first, context = shell.embed(windows[:1])
+        self.ranks = ranks or Ranks()
+        first, contexts = shell.embed(windows[:1])
         home = resting_place(first.numel() * 4 * len(windows), device)
         self.fp = torch.empty((len(windows), *first.shape[1:]), dtype=torch.float32, device=home)
         for start in range(0, len(windows), batch_size):
             self.fp[start : start + batch_size] = shell.embed(windows[start : start + batch_size])[0]
         self.quantised = self.fp.clone()
-        self.context: dict[str, Any] = move(context, device)
+        self._contexts: list[dict[str, Any]] = move(contexts, device)
+        self._block = 0
         self.targets: dict[Target, Tensor] = {}
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """The keyword arguments of the block in hand: mask, RoPE."""
+        return self._contexts[self._block]
 
     def teach(self, block: nn.Module, layout: BlockLayout, targets: tuple[Target, ...]) -> dict[str, InputRange]:
         """Run the full-precision block: keeps the wanted targets, returns its input ranges.
 
         The fp stream moves on to the block's output (T1); the quantised one waits for `advance`.
         """
-        with observe_inputs(block, layout, tokens=self.fp.shape[1]) as ranges:
+        with observe_inputs(block, layout, self.fp.shape[1], self.ranks) as ranges:
             self.fp = run_block(block, self.fp, self.context, self.batch_size)
         self.targets = {"fp": self.fp}
         if "fp_on_quantised" in targets:
@@ -79,6 +103,7 @@ class Streams:
         """Make the quantised block's output the next block's input."""
         self.quantised = output
         self.targets = {}
+        self._block += 1
 
 
 def resting_place(stream_bytes: int, device: torch.device) -> torch.device:
@@ -89,12 +114,15 @@ def resting_place(stream_bytes: int, device: torch.device) -> torch.device:
     return device if 4 * stream_bytes < SHARE_OF_GPU * free else torch.device("cpu")
 
 
-def move(value: Any, device: torch.device) -> Any:
-    """Tensors inside (nested) containers, on `device`."""
+def move(value: Any, device: torch.device, moved: dict[int, Tensor] | None = None) -> Any:
+    """Tensors inside (nested) containers, on `device`; one that is there several times is moved once."""
+    moved = {} if moved is None else moved  # by the id of what was moved, all of which `value` keeps alive
     if isinstance(value, Tensor):
-        return value.to(device)
+        if id(value) not in moved:
+            moved[id(value)] = value.to(device)
+        return moved[id(value)]
     if isinstance(value, dict):
-        return {key: move(item, device) for key, item in value.items()}
+        return {key: move(item, device, moved) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(move(item, device) for item in value)
+        return type(value)(move(item, device, moved) for item in value)
     return value

@@ -53,9 +53,10 @@ class BlockTask(LightningModule):
         self._optimizer = optimizer
         self._dense = dense
         self.skipped_steps = 0
-        self._epoch_loss = torch.zeros(())
-        self._best_loss = float("inf")
+        self.best_epoch: int | None = None
+        self.best_loss = float("inf")
         self._best: dict[str, Tensor] | None = None
+        self._epoch_loss = torch.zeros(())
         self._project()
         self.initial = copy.deepcopy(self.learnables())
 
@@ -121,6 +122,11 @@ class BlockTask(LightningModule):
             weights[f"{prefix}weight"] = quantizer.decode({k.removeprefix(prefix): v for k, v in own.items()})
         return weights
 
+    @property
+    def quantised(self) -> list[str]:
+        """The linear layers whose weights are quantised."""
+        return [name for name, _ in self._by_linear()]
+
     def _by_linear(self) -> list[tuple[str, LinearQuantizer]]:
         return [(name.replace("/", "."), q) for name, q in self.quantizers.items()]  # type: ignore[misc]
 
@@ -130,11 +136,15 @@ class BlockTask(LightningModule):
         for transform in self.transforms:
             transform.project()  # type: ignore[operator]
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def terms(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weighted terms of the loss on a batch; their sum is what is learned."""
         self._project()
         output = call_block(self.student, batch["input"], self.context, self.effective_weights())
         targets: Targets = {name: batch[name] for name in self.objective.targets}
-        terms = self.objective.terms(output, targets)
+        return self.objective.terms(output, targets)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        terms = self.terms(batch)
         loss = torch.stack(list(terms.values())).sum()
         self._epoch_loss += loss.detach()
         self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()})
@@ -152,15 +162,39 @@ class BlockTask(LightningModule):
             optimizer.zero_grad(set_to_none=True)
 
     def on_train_epoch_end(self) -> None:
-        """Keep the learnables of the epoch whose mean loss was lowest."""
-        loss = self._epoch_loss.item()
+        """Keep the learnables of the epoch whose mean loss, over the batches of all processes, was lowest."""
+        batches = self.trainer.num_training_batches
+        loss = self.trainer.strategy.reduce(self._epoch_loss.clone(), reduce_op="mean").item() / batches
         self._project()
-        if loss < self._best_loss:
-            self._best_loss, self._best = loss, copy.deepcopy(self.learnables())
+        if loss < self.best_loss:
+            self.best_loss, self.best_epoch = loss, self.trainer.current_epoch
+            self._best = copy.deepcopy(self.learnables())
 
     def on_train_end(self) -> None:
+        self.load_best()
+
+    def load_best(self) -> None:
+        """Take the learnables of the best epoch, if one had a finite loss."""
         if self._best is not None:
             self.load_learnables(self._best)
+
+    # What a checkpoint inside a block holds beside the learnables and the optimiser
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["ptql"] = {
+            "best": self._best,
+            "best_epoch": self.best_epoch,
+            "best_loss": self.best_loss,
+            "epoch_loss": self._epoch_loss,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["ptql"]
+        self._best = state["best"]
+        self.best_epoch, self.best_loss = state["best_epoch"], state["best_loss"]
+        self._epoch_loss = state["epoch_loss"].to(self.device)
+        self.skipped_steps = state["skipped_steps"]
 
     def configure_optimizers(self) -> Optimizer:
         parts: list[Any] = [*self.transforms, *self.quantizers.values()]

@@ -11,7 +11,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from ptql.calibration.texts import Rows, read_text
-from ptql.calibration.tokens import cached_windows, load_tokenizer
+from ptql.calibration.tokens import bos_token, cached_windows, load_tokenizer
 from ptql.errors import InputError
 
 
@@ -56,12 +56,15 @@ class CalibrationData(LightningDataModule):
         self.seed = seed
         self.rows: Rows = rows
 
-    def windows(self, tokenizer_directory: str | Path, context: int | None) -> Int[Tensor, "samples length"]:
+    def windows(
+        self, tokenizer_directory: str | Path, context: int | None, bos: bool = False
+    ) -> Int[Tensor, "samples length"]:
         """The token ids to calibrate on, the same for the same `identity` and tokenizer.
 
         Args:
             tokenizer_directory: The model's directory.
             context: The most tokens the model takes; None if it has no limit.
+            bos: The first token of each window is the tokenizer's `<bos>`.
 
         Raises:
             InputError: If a window is longer than the context or the text, or one of these can't be read.
@@ -70,7 +73,8 @@ class CalibrationData(LightningDataModule):
             rule = f"a window is at most the model's context of {context} tokens"
             raise InputError(f"length={self.length}: {rule}; use --data.length {context}")
         tokenizer = load_tokenizer(tokenizer_directory)
-        return cached_windows(tokenizer, self._content, self.samples, self.length, self.seed)
+        first = bos_token(tokenizer, bos)
+        return cached_windows(tokenizer, self._content, self.samples, self.length, self.seed, first)
 
     def identity(self) -> dict[str, str | int]:
         """Everything but the tokenizer that decides the batches, for a run's fingerprint; reads the text."""

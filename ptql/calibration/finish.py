@@ -2,60 +2,79 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ptql.calibration.activations import Streams
 from ptql.calibration.block_task import BlockTask
+from ptql.calibration.ledger import BlockRecord
+from ptql.calibration.statistics import observe_inputs
+from ptql.families import BlockLayout
 from ptql.parts.objectives import Targets
+from ptql.parts.transforms import InputRange
 
 
-@dataclass
-class FinishedBlock:
-    """A block as it goes into the ledger.
+def finish_block(
+    task: BlockTask, streams: Streams, layout: BlockLayout, before: dict[str, InputRange]
+) -> tuple[BlockRecord, Tensor]:
+    """Encode the block with what was learned, or with its initial values where those lose less.
 
     Args:
-        stored: Tensors by name in the block, packed.
-        learned: Learnables by name.
-        output: What the encoded block makes of the quantised stream, [samples, tokens, hidden].
-        summary: Losses of the encoded block before and after learning, and what happened; JSON numbers.
+        task: Holds what was learned.
+        streams: Stand before the block; hold its targets.
+        layout: Of the block.
+        before: Ranges in the full-precision block, by linear layer.
+
+    Returns:
+        The block as it goes into the ledger, and what it makes of the quantised stream, [samples, tokens, hidden].
     """
-
-    stored: dict[str, Tensor]
-    learned: dict[str, Tensor]
-    output: Tensor
-    summary: dict[str, float | int | bool]
-
-
-def finish_block(task: BlockTask, streams: Streams) -> FinishedBlock:
-    """Encode the block with what was learned, or with its initial values where those lose less."""
-    learned = _candidate(task, streams)
+    streams.ranks.copy_from_first(task.learnables().values())  # equal already; what is stored must be
+    learned, output = _candidate(task, streams, layout)
     learned.summary["fell_back"] = False
     if not learned.learned:
         learned.summary["loss_start"] = learned.summary["loss"]
-        return learned
-    best = {name: value.clone() for name, value in task.learnables().items()}
-    task.load_learnables(task.initial)
-    start = _candidate(task, streams)
-    if learned.summary["loss"] <= start.summary["loss"]:  # false for nan, too
-        task.load_learnables(best)
         kept = learned
     else:
-        kept = start
-        kept.summary["fell_back"] = True
-    kept.summary["loss_start"] = start.summary["loss"]
-    kept.summary["skipped_steps"] = task.skipped_steps
-    return kept
+        best = {name: value.clone() for name, value in task.learnables().items()}
+        task.load_learnables(task.initial)
+        start, start_output = _candidate(task, streams, layout)
+        if learned.summary["loss"] <= start.summary["loss"]:  # false for nan, too
+            task.load_learnables(best)
+            kept = learned
+        else:
+            kept, output = start, start_output
+            kept.summary["fell_back"] = True
+        kept.summary["loss_start"] = start.summary["loss"]
+        kept.summary["skipped_steps"] = task.skipped_steps
+    if task.best_epoch is not None:
+        kept.summary |= {"loss_learned": task.best_loss, "best_epoch": task.best_epoch}
+    kept.summary["layers"] = _weight_errors(task, kept)
+    kept.ranges |= {f"before.{group[0]}": before[group[0]].absmax for group in layout.linears}
+    return kept, output
 
 
 @torch.no_grad()
-def _candidate(task: BlockTask, streams: Streams) -> FinishedBlock:
+def _candidate(task: BlockTask, streams: Streams, layout: BlockLayout) -> tuple[BlockRecord, Tensor]:
     stored = task.encode()
-    output = streams.output(task.student, task.decode(stored))
+    with observe_inputs(task.student, layout, streams.quantised.shape[1], streams.ranks) as observed:
+        output = streams.output(task.student, task.decode(stored))
+    after = observed()
+    ranges = {f"after.{group[0]}": after[group[0]].absmax for group in layout.linears}
     learned = {name: value.clone() for name, value in task.learnables().items()}
-    return FinishedBlock(stored, learned, output, {"loss": _loss(task, streams, output), "mse": _mse(streams, output)})
+    measured = torch.tensor([_loss(task, streams, output), _mse(streams, output)], dtype=torch.float64)
+    loss, mse = streams.ranks.mean(measured).tolist()
+    return BlockRecord(stored, learned, ranges, {"loss": loss, "mse": mse}), output
+
+
+@torch.no_grad()
+def _weight_errors(task: BlockTask, block: BlockRecord) -> dict[str, float]:
+    """Squared error of each quantised matrix, relative to that of the matrix as folded: 0 is exact, 1 is all lost."""
+    folded, decoded = task.folded_weights(), task.decode(block.stored)
+    errors = {}
+    for name in task.quantised:
+        weight, rounded = folded[f"{name}.weight"], decoded[f"{name}.weight"]
+        errors[name] = ((weight - rounded).square().sum() / weight.square().sum()).item()
+    return errors
 
 
 def _loss(task: BlockTask, streams: Streams, output: Tensor) -> float:

@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ptql.disk import put, put_text, save_tensors, sha256
 from ptql.errors import InputError
 
 FOLDER = "ledger"
 MANIFEST = "manifest.json"
 VERSION = 1
-OURS = ("ledger", "model", "config.yaml", "metrics.json", "tensorboard")
-STORED, LEARNED = "stored.", "learned."
+OURS = ("ledger", "model", "config.yaml", "metrics.json", "report.html", "tensorboard")
+PARTS = ("stored", "learned", "ranges")
+
+
+@dataclass
+class BlockRecord:
+    """A finished block.
+
+    Args:
+        stored: What is stored of it, packed, by name in the block.
+        learned: Learnables by name.
+        ranges: Largest |input| of each channel, [in], `before.LINEAR` in the full-precision block and
+            `after.LINEAR` in the quantised one (smoothed, not rounded), for the first of the layers that share it.
+        summary: Losses, errors, seconds and what happened; JSON values.
+        resumed: Whether an earlier process finished it.
+    """
+
+    stored: dict[str, Tensor]
+    learned: dict[str, Tensor]
+    ranges: dict[str, Tensor]
+    summary: dict[str, Any] = field(default_factory=dict)
+    resumed: bool = False
 
 
 class Ledger:
@@ -33,6 +56,8 @@ class Ledger:
 
     def __init__(self, run: Path, identity: dict[str, Any]) -> None:
         self.run, self.folder = run, run / FOLDER
+        self.seconds = 0.0
+        """Spent on writing blocks by this process."""
         self.manifest: dict[str, Any] = {
             "version": VERSION,
             "identity": json.loads(json.dumps(identity)),
@@ -80,27 +105,40 @@ class Ledger:
         """What was noted of block `index`, or None if it is not finished."""
         return self.manifest["blocks"].get(str(index))
 
-    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """Stored tensors and learnables of a finished block; None if it isn't finished, or its file is damaged."""
-        noted = self.summary(index)
-        path = self._path(index)
-        if noted is None or not path.is_file() or _sha256(path) != noted["sha256"]:
-            return None
-        tensors = load_file(path)
-        return _part(tensors, STORED), _part(tensors, LEARNED)
+    def finished(self, damaged: Callable[[Path], None]) -> set[int]:
+        """The blocks whose files are what the manifest says; others it names are given to `damaged`."""
+        good = set()
+        for index in map(int, self.manifest["blocks"]):
+            if self._is_whole(index):
+                good.add(index)
+            else:
+                damaged(self._path(index))
+        return good
 
-    def record(
-        self, index: int, stored: dict[str, Tensor], learned: dict[str, Tensor], summary: dict[str, Any]
-    ) -> None:
+    def read(self, index: int) -> BlockRecord | None:
+        """A finished block; None if it isn't finished, or its file is damaged."""
+        if not self._is_whole(index):
+            return None
+        tensors = load_file(self._path(index))
+        parts = {part: _part(tensors, f"{part}.") for part in PARTS}
+        return BlockRecord(**parts, summary=self.summary(index) or {}, resumed=True)
+
+    def _is_whole(self, index: int) -> bool:
+        noted, path = self.summary(index), self._path(index)
+        return noted is not None and path.is_file() and sha256(path) == noted["sha256"]
+
+    def record(self, index: int, block: BlockRecord) -> None:
         """Put a finished block on disk: its file is renamed into place before the manifest names it."""
-        tensors = {STORED + name: tensor for name, tensor in stored.items()}
-        tensors |= {LEARNED + name: tensor for name, tensor in learned.items()}
-        path = self._path(index)
-        scratch = path.with_suffix(".tmp")
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch)
-        os.replace(scratch, path)
-        self.manifest["blocks"][str(index)] = {"file": path.name, "sha256": _sha256(path), **summary}
+        tensors = {
+            f"{part}.{name}": tensor.detach().cpu().contiguous()
+            for part in PARTS
+            for name, tensor in getattr(block, part).items()
+        }
+        began, path = time.monotonic(), self._path(index)
+        put(path, lambda scratch: save_tensors(tensors, scratch))
+        self.manifest["blocks"][str(index)] = {"file": path.name, "sha256": sha256(path), **block.summary}
         self._write_manifest()
+        self.seconds += time.monotonic() - began
 
     def checksum(self) -> str:
         """A hash of all finished blocks: equal for equal results."""
@@ -113,9 +151,7 @@ class Ledger:
         return self.folder / f"block-{index:05d}.safetensors"
 
     def _write_manifest(self) -> None:
-        scratch = self.folder / (MANIFEST + ".tmp")
-        scratch.write_text(json.dumps(self.manifest, indent=2) + "\n", encoding="utf-8")
-        os.replace(scratch, self.folder / MANIFEST)
+        put_text(self.folder / MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -138,8 +174,3 @@ def _change(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ptql.calibration.ranks import Ranks
 from ptql.families import BlockLayout
 from ptql.parts.transforms import InputRange
 
@@ -19,7 +20,8 @@ class _Observer:
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
-        self.low = self.high = self.middle = None
+        self.low = self.high = None
+        self.middles: list[Tensor] = []
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -28,21 +30,25 @@ class _Observer:
         low, high = lows.amin(0), highs.amax(0)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
-        for middle in (lows + highs) / 2:
-            self.middle = middle if self.middle is None else MOMENTUM * self.middle + (1 - MOMENTUM) * middle
+        self.middles.append((lows + highs) / 2)
 
-    def range(self) -> InputRange:
+    def range(self, ranks: Ranks) -> InputRange:
         assert self.low is not None
         assert self.high is not None
-        assert self.middle is not None
-        return InputRange(self.low, self.high, self.middle)
+        middle = None
+        for sample in ranks.interleaved(torch.cat(self.middles)):  # in the order in which one process sees them
+            middle = sample if middle is None else MOMENTUM * middle + (1 - MOMENTUM) * sample
+        assert middle is not None
+        return InputRange(ranks.smallest(self.low), ranks.largest(self.high), middle)
 
 
 @contextmanager
-def observe_inputs(block: nn.Module, layout: BlockLayout, tokens: int) -> Iterator[Callable[[], dict[str, InputRange]]]:
+def observe_inputs(
+    block: nn.Module, layout: BlockLayout, tokens: int, ranks: Ranks
+) -> Iterator[Callable[[], dict[str, InputRange]]]:
     """While open, every forward of `block` on samples of `tokens` tokens counts; yields what returns the ranges.
 
-    Layers that share an input share one observer.
+    Layers that share an input share one observer. The ranges are over the samples of all processes.
     """
     observers, handles = {}, []
     for group in layout.linears:
@@ -50,7 +56,12 @@ def observe_inputs(block: nn.Module, layout: BlockLayout, tokens: int) -> Iterat
         handles.append(block.get_submodule(group[0]).register_forward_pre_hook(observer))
         observers |= dict.fromkeys(group, observer)
     try:
-        yield lambda: {name: observer.range() for name, observer in observers.items()}
+        yield lambda: _ranges(observers, ranks)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _ranges(observers: dict[str, _Observer], ranks: Ranks) -> dict[str, InputRange]:
+    found = {observer: observer.range(ranks) for observer in dict.fromkeys(observers.values())}
+    return {name: found[observer] for name, observer in observers.items()}

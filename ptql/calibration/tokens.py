@@ -1,6 +1,7 @@
 """From text to windows of token ids, and a cache of them on disk.
 
-No special token is added anywhere: a window is a cut from the middle of a text.
+A window is a cut from the middle of a text, without special tokens, unless the model's family needs `<bos>` at its
+start: then it is `<bos>` and a cut that is one token shorter.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from ptql.errors import InputError
 
 CACHE_FORMAT = "1"  # raise it whenever the same key would give other tokens
 KEY_RULE = """the file's name is the SHA-256 of the JSON object, keys sorted, of: format; tokenizer and text \
-(each the SHA-256 of its content); seed, samples and length of the random windows"""
+(each the SHA-256 of its content); seed, samples and length of the random windows; bos, the first token of a window, \
+if the text does not begin it"""
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
@@ -52,34 +54,57 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Int[Tensor, " n"]
     return torch.tensor(ids, dtype=torch.long)
 
 
+def bos_token(tokenizer: PreTrainedTokenizerBase, needed: bool) -> int | None:
+    """The id of `<bos>` if windows need it at their start, else None; `InputError` if there is none then."""
+    if not needed:
+        return None
+    token = tokenizer.bos_token_id
+    if not isinstance(token, int):
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path!r}: it has no bos_token, with which every window of this model must "
+            "begin; put the model's own tokenizer_config.json there"
+        )
+    return token
+
+
 def sample_windows(
-    tokens: Int[Tensor, " n"], samples: int, length: int, seed: int
+    tokens: Int[Tensor, " n"], samples: int, length: int, seed: int, bos: int | None = None
 ) -> Int[Tensor, "{samples} {length}"]:
     """Windows that start at random places and may overlap: the draw of GPTQ's and OmniQuant's loaders."""
-    refuse_short(tokens, length)
+    cut = _text_length(tokens, length, bos)
     draw = random.Random(seed)
-    last = max(len(tokens) - length - 1, 0)  # they never draw the very last start, unless it is the only one
+    last = max(len(tokens) - cut - 1, 0)  # they never draw the very last start, unless it is the only one
     starts = [draw.randint(0, last) for _ in range(samples)]
-    return torch.stack([tokens[start : start + length] for start in starts])
+    return _begun(torch.stack([tokens[start : start + cut] for start in starts]), bos)
 
 
-def consecutive_windows(tokens: Int[Tensor, " n"], length: int) -> Int[Tensor, "windows {length}"]:
-    """Windows that follow one another without overlap; what is left at the end is dropped."""
-    refuse_short(tokens, length)
-    windows = len(tokens) // length
-    return tokens[: windows * length].view(windows, length)
+def consecutive_windows(
+    tokens: Int[Tensor, " n"], length: int, bos: int | None = None
+) -> Int[Tensor, "windows {length}"]:
+    """Windows whose cuts follow one another without overlap; what is left at the end is dropped."""
+    cut = _text_length(tokens, length, bos)
+    windows = len(tokens) // cut
+    return _begun(tokens[: windows * cut].view(windows, cut), bos)
 
 
-def refuse_short(tokens: Int[Tensor, " n"], length: int) -> None:
-    """Raise `InputError` if the text is shorter than one window."""
-    if (count := len(tokens)) < length:
-        shorter = f", or use --data.length {count} or less (eval: --length)" if count > 1 else ""
+def _text_length(tokens: Int[Tensor, " n"], length: int, bos: int | None) -> int:
+    """Tokens of text in a window of `length`; `InputError` if the text has fewer."""
+    added = 0 if bos is None else 1
+    if (count := len(tokens)) < length - added:
+        longest = count + added
+        shorter = f", or use --data.length {longest} or less (eval: --length)" if longest > 1 else ""
         remedy = "give a longer text" + shorter
         raise InputError(f"text of {count} tokens: it is shorter than one window of {length}; {remedy}")
+    return length - added
+
+
+def _begun(cuts: Int[Tensor, "windows cut"], bos: int | None) -> Int[Tensor, "windows length"]:
+    """The cuts, each behind `<bos>` if there is one."""
+    return cuts if bos is None else torch.cat([cuts.new_full((len(cuts), 1), bos), cuts], dim=1)
 
 
 def cached_windows(
-    tokenizer: PreTrainedTokenizerBase, text: str, samples: int, length: int, seed: int
+    tokenizer: PreTrainedTokenizerBase, text: str, samples: int, length: int, seed: int, bos: int | None = None
 ) -> Int[Tensor, "{samples} {length}"]:
     """`sample_windows` of the tokenised text, from the cache on disk if they were made before."""
     header = {
@@ -89,12 +114,13 @@ def cached_windows(
         "seed": str(seed),
         "samples": str(samples),
         "length": str(length),
+        **({} if bos is None else {"bos": str(bos)}),
     }
     key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
     file = cache_directory() / f"{key}.safetensors"
     windows = read_cached(file)
     if windows is None:
-        windows = sample_windows(tokenize(tokenizer, text), samples, length, seed)
+        windows = sample_windows(tokenize(tokenizer, text), samples, length, seed, bos)
         write_cached(file, windows, {**header, "key": KEY_RULE})
     return windows
 

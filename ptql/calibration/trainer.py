@@ -1,60 +1,66 @@
-"""The loop over blocks: one process, one `Trainer.fit` a block, one block in memory."""
+"""The loop over blocks: one launch, one `Trainer.fit` a block, one block in memory."""
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
+import math
+import signal
+import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import Tensor
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from ptql.calibration.activations import Streams
 from ptql.calibration.block_task import BlockTask
 from ptql.calibration.data import CalibrationData
 from ptql.calibration.finish import finish_block
-from ptql.calibration.ledger import Ledger
+from ptql.calibration.ledger import BlockRecord, Ledger
+from ptql.calibration.partial import Partial
+from ptql.calibration.memory import give_back_memory, peak_host_bytes
+from ptql.calibration.outcome import fit_metrics
+from ptql.calibration.preparation import Plan, check_strategy, prepare
 from ptql.calibration.quant_lm import QuantLM
-from ptql.callbacks.block import BlockCallback
-from ptql.checkpoint import Checkpoint
-from ptql.errors import InputError
-from ptql.evaluation.evaluate import evaluate
+from ptql.calibration.ranks import Ranks
+from ptql.calibration.run_logger import RunLogger
+from ptql.calibration.stopping import Stopped, StopSignals, tell_children, told_children
+from ptql.callbacks import BlockCallback, BlockCheckpoint, BlockPlots, BlockProgress
+from ptql.disk import told_if_full
+from ptql.errors import InputError, RunError
+from ptql.evaluation.evaluate import METRICS, MODEL, Measurement, evaluate_run
+from ptql.evaluation.report import REPORT, write_report
 from ptql.evaluation.results import merge_metrics
 from ptql.evaluation.size import model_size
 from ptql.formats.write import write_model
-
-METRICS = "metrics.json"
-MODEL = "model"
-
-
-class RunLogger(TensorBoardLogger):
-    """TensorBoard on one step axis, also where a run goes on: the steps of blocks finished earlier count."""
-
-    first_step = 0
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        super().log_metrics(metrics, None if step is None else self.first_step + step)
 
 
 class BlockTrainer(Trainer):
     """A Trainer whose `fit` calibrates a model one transformer block at a time.
 
-    Its directory, `default_root_dir`, is the run: ledger, model, metrics, TensorBoard.
+    Its directory, `default_root_dir`, is the run: ledger, model, metrics, report, TensorBoard.
     """
 
     block: int = 0
     """The block in hand, from 0."""
     num_blocks: int = 0
+    ranks: Ranks
+    signals: StopSignals
+    ledger: Ledger
+    partial: Partial
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.dry_run_only = bool(kwargs.pop("fast_dev_run", False))  # Lightning's own would end each block's fit
+        kwargs["callbacks"] = with_usual_callbacks(
+            kwargs.get("callbacks"),
+            progress=kwargs.get("enable_progress_bar") is not False,
+            checkpoints=kwargs.pop("enable_checkpointing", None) is not False,
+        )
         try:
             super().__init__(*args, **kwargs)
         except (MisconfigurationException, ValueError) as error:
@@ -64,10 +70,11 @@ class BlockTrainer(Trainer):
         if self.max_steps != -1 or self.max_epochs is None or self.max_epochs < 0:
             raise InputError(
                 f"max_epochs={self.max_epochs}, max_steps={self.max_steps}: every block learns for the same number "
-                "of epochs; use --trainer.max_epochs N, 0 or more, without max_steps and fast_dev_run"
+                "of epochs; use --trainer.max_epochs N, 0 or more, without max_steps"
             )
-        if self.world_size > 1:
-            raise InputError(f"devices={self.world_size}: a run uses one device for now; leave --trainer.devices at 1")
+        check_strategy(self.strategy)
+        self.ranks, self.signals = Ranks(), StopSignals()
+        self._first_step, self._ended_together = 0, False
         if kwargs.get("logger") in (None, True):
             self.logger = RunLogger(self.default_root_dir, name="tensorboard", version="")
 
@@ -75,118 +82,215 @@ class BlockTrainer(Trainer):
     def run_dir(self) -> Path:
         return Path(self.default_root_dir)
 
+    # fit
+
     def fit(self, model: QuantLM, datamodule: CalibrationData | None = None) -> None:
         """Quantise a model block by block."""
         assert datamodule is not None
+        self._precision_of_products(model)
+        launcher = self.strategy.launcher
+        try:
+            with self._told_in_one_line(datamodule), StopSignals(self.is_global_zero) as self.signals:
+                plan = prepare(self, model, datamodule)
+                if self.dry_run_only:
+                    return
+                if launcher is None:
+                    self._fit_blocks(model, plan)
+                else:
+                    tell_children()
+                    launcher.launch(self._fit_blocks, model, plan, trainer=self)  # every process runs the loop
+        except BaseException as error:
+            self._notify("on_exception", None, error)  # Lightning tells of those inside a block's fit only
+            raise
+        finally:
+            if isinstance(launcher, _SubprocessScriptLauncher) and not self._ended_together:
+                launcher.kill(signal.SIGKILL)  # they would wait for this process for half an hour
+                launcher.procs.clear()  # or Lightning's watch over them ends this process, too
+
+    @contextmanager
+    def _told_in_one_line(self, datamodule: CalibrationData) -> Iterator[None]:
+        """What the machine did, not the code, in a line that says how to go on."""
+        try:
+            with told_if_full(self.run_dir):
+                yield
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"out of memory on {self.strategy.root_device} with batches of {datamodule.batch_size} x "
+                f"{datamodule.length} tokens ({str(error).partition('. ')[0]}); use a smaller --data.batch_size or "
+                "--data.length, or --trainer.precision bf16-mixed"
+            ) from error
+        except RuntimeError as error:
+            if (ended := self._process_that_ended()) is None:
+                raise
+            raise RunError(
+                f"{ended}, so all of them end; what it said stands above, and the same command goes on from what "
+                "was saved"
+            ) from error
+
+    def _process_that_ended(self, patience_seconds: float = 3.0) -> str | None:
+        """Of the processes that this one started, one that failed: why messages between them fail."""
+        until = time.monotonic() + patience_seconds
+        while self.world_size > 1 and isinstance(self.strategy.launcher, _SubprocessScriptLauncher):
+            for rank, process in enumerate(self.strategy.launcher.procs, start=1):
+                if code := process.poll():
+                    return f"process {rank} of {self.world_size} ended with " + (
+                        f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+                    )
+            if time.monotonic() > until:
+                break
+            time.sleep(0.1)
+        return None
+
+    def _fit_blocks(self, model: QuantLM, plan: Plan) -> None:
         began = time.monotonic()
-        self._start(model)
-        source = model.open()
-        stored_as = model.packed_format(source, model.added_biases(source.block(0), source))
-        windows = datamodule.windows(source.directory, source.context)
-        ledger = Ledger(self.run_dir, self._identity(model, datamodule, source, windows))
-        self.num_blocks = source.num_blocks
-        device = self.strategy.root_device
-        streams = Streams(source.shell(), windows, datamodule.batch_size, device)
-        ledger.start()
+        told_children()
+        self.strategy.setup_environment()
+        self.ranks = Ranks(self.global_rank, self.world_size, self.strategy.root_device)
+        self.num_blocks = plan.source.num_blocks
+        finished = self._open_ledger(plan)
         self._notify("on_model_start", model)
+        todo = [index for index in range(self.num_blocks) if index not in finished]
+        streams = self._streams(model, plan) if todo else None
         for index in range(self.num_blocks):
             self.block = index
-            self._notify("on_block_end", self._block(index, model, source, streams, ledger))
-            _give_back_memory()
-        write_model(source, stored_as, ledger, self.run_dir / MODEL)
-        self._record(model, ledger, source, time.monotonic() - began)
+            found = self.ledger.read(index) if index in finished else None
+            if not self.ranks.all(found is not None):  # a process that can't read it, and all do it again
+                found = None
+            if streams is None or (found is not None and index > todo[-1]):
+                assert found is not None
+                record = found
+            else:
+                record = self._block(model, plan, streams, found)
+            if record.resumed:
+                self.first_step += record.summary.get("steps", 0)
+            self._notify("on_block_end", record)
+            give_back_memory()
+        if self.is_global_zero:
+            write_model(plan.source, plan.stored_as, self.ledger, self.run_dir / MODEL)
+            self._record(model, plan, time.monotonic() - began)
         self._notify("on_model_end", model)
+        self.strategy.barrier("end")
+        self._ended_together = True
 
-    def _start(self, model: QuantLM) -> None:
-        self.strategy.setup_environment()
-        if self.strategy.root_device.type == "cuda":
-            torch.set_float32_matmul_precision(model.matmul)
+    def _open_ledger(self, plan: Plan) -> set[int]:
+        """The blocks that are finished; the first process claims the directory before the others look at it."""
+        damaged: list[Path] = []
+        if self.is_global_zero:
+            self.ledger = plan.ledger(self.run_dir)
+            self.ledger.start()
+        self.strategy.barrier("ledger")
+        if not self.is_global_zero:
+            self.ledger = plan.ledger(self.run_dir)
+        self.partial = Partial(self.ledger.folder)
+        finished = self.strategy.broadcast(self.ledger.finished(damaged.append) if self.is_global_zero else set())
+        for path in damaged:
+            self._say(f"{path}: missing or not what was written (checksum); this block is done again")
+        return finished
 
-    def _block(
-        self, index: int, model: QuantLM, source: Checkpoint, streams: Streams, ledger: Ledger
-    ) -> dict[str, Any]:
-        """Finish one block, or take it from the ledger; both streams stand before the next block afterwards."""
-        began, device = time.monotonic(), self.strategy.root_device
+    def _streams(self, model: QuantLM, plan: Plan) -> Streams:
+        windows = self.ranks.share(plan.windows)
+        return Streams(plan.source.shell(), windows, plan.batch_size, self.strategy.root_device, self.ranks)
+
+    def _block(self, model: QuantLM, plan: Plan, streams: Streams, found: BlockRecord | None) -> BlockRecord:
+        """Finish the block in hand, or take what was found; both streams stand before the next one afterwards."""
+        began, first_step = time.monotonic(), self.steps
+        device, source = self.strategy.root_device, plan.source
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        block = source.block(index, device)
-        found = ledger.read(index)
+        block = source.block(self.block, device)
         ranges = streams.teach(block, source.layout, () if found else model.objective.targets)
-        task = model.block_task(index, model.student(block, source), source, ranges, streams)
+        task = model.block_task(self.block, model.student(block, source), source, ranges, streams)
         if found is not None:
-            stored = {name: tensor.to(device) for name, tensor in found[0].items()}
+            stored = {name: tensor.to(device) for name, tensor in found.stored.items()}
             streams.advance(streams.output(task.student, task.decode(stored)))
-            summary = ledger.summary(index) or {}
-            if isinstance(self.logger, RunLogger):
-                self.logger.first_step += summary.get("steps", 0)
-            return {**summary, "resumed": True}
+            return found
         self._notify("on_block_start", task)
-        learning, first_step = time.monotonic(), self.global_step
+        learning = time.monotonic()
         if task.initial and self.max_epochs:
-            self._learn(task, streams)
+            self._learn(task, streams, plan.seed)
         learned = time.monotonic()
-        finished = finish_block(task.to(device), streams)
-        summary = {
-            **finished.summary,
+        record, output = finish_block(task.to(device), streams, source.layout, ranges)
+        record.summary |= {
             "seconds": round(time.monotonic() - began, 3),
             "seconds_learning": round(learned - learning, 3),
-            "steps": self.global_step - first_step,
+            "steps": self.steps - first_step,
+            "peak_host_bytes": peak_host_bytes(),
         }
         if device.type == "cuda":
-            summary["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(device)
-        ledger.record(index, finished.stored, finished.learned, summary)
-        streams.advance(finished.output)
-        return summary
+            record.summary["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(device)
+        if self.is_global_zero:
+            self.ledger.record(self.block, record)
+        streams.advance(output)
+        return record
 
-    def _learn(self, task: BlockTask, streams: Streams) -> None:
+    def _learn(self, task: BlockTask, streams: Streams, seed: int) -> None:
         """One ordinary Lightning fit; steps and the logger's axis go on counting from block to block."""
-        self.fit_loop.epoch_progress.reset()
-        super().fit(task, train_dataloaders=streams.batches())
-        if self.received_sigterm:  # after the loop's own last look
-            raise SIGTERMException
+        torch.manual_seed(seed + self.block)  # a block's random numbers depend on no other block
+        checkpoint = self._partial_checkpoint()
+        if checkpoint is None:
+            self.fit_loop.epoch_progress.reset()
+        else:
+            self._say(f"block {self.block + 1}/{self.num_blocks}: goes on from {checkpoint.name}")
+        self.signals.learning = True
+        super().fit(task, train_dataloaders=streams.batches(), ckpt_path=checkpoint, weights_only=True)
+        self.signals.learning = False
+        task.load_best()  # Lightning leaves its hooks out where the checkpoint is of the last epoch's end
+        if self.ranks.any(self.signals.received is not None):  # after the last look inside
+            self.stop()
 
-    def _identity(self, model: QuantLM, data: CalibrationData, source: Checkpoint, windows: Tensor) -> dict[str, Any]:
-        tokens = hashlib.sha256(windows.numpy().tobytes()).hexdigest()  # another tokenizer is another run
-        return {
-            "source": source.fingerprint(),
-            "data": {**data.identity(), "tokens_sha256": tokens},
-            "recipe": model.identity(),
-            "max_epochs": self.max_epochs,
-            "accumulate_grad_batches": self.accumulate_grad_batches,
-            "gradient_clip": [self.gradient_clip_val, self.gradient_clip_algorithm],
-            "limit_train_batches": self.limit_train_batches,
-            "precision": f"{self.precision}, matmul {model.matmul}",
-        }
+    def _partial_checkpoint(self) -> Path | None:
+        """The checkpoint of the block in hand that an earlier process left, if every process can read it."""
+        found = self.partial.find(
+            self.block, lambda path: self._say(f"{path}: not what was written (checksum); the block begins anew")
+        )
+        return found if self.ranks.all(found is not None) else None
 
-    def _record(self, model: QuantLM, ledger: Ledger, source: Checkpoint, seconds: float) -> None:
-        size = model_size(self.run_dir / MODEL, source)
-        summaries = [ledger.summary(i) or {} for i in range(self.num_blocks)]
-        fit = {
-            "method": model.method,
-            "source": str(model.source),
-            "blocks": self.num_blocks,
-            "seconds": round(sum(s["seconds"] for s in summaries), 1),
-            "seconds_learning": round(sum(s["seconds_learning"] for s in summaries), 1),
-            "seconds_this_process": round(seconds, 1),
-            "device": _device_name(self.strategy.root_device),
-            "checksum": ledger.checksum(),
-            "last_block_mse": summaries[-1]["mse"],
-            "fell_back": sum(s["fell_back"] for s in summaries),
-            "skipped_steps": sum(s.get("skipped_steps", 0) for s in summaries),
-        }
-        if peaks := [s["peak_gpu_bytes"] for s in summaries if "peak_gpu_bytes" in s]:
-            fit["peak_gpu_bytes"] = max(peaks)
+    def stop(self) -> NoReturn:
+        """End this process after a signal; all processes come here at the same step."""
+        self._ended_together = True
+        raise Stopped(self.signals.received or signal.SIGTERM, first=self.is_global_zero)
+
+    # One axis of steps over all blocks, also of earlier processes, which Lightning's own counter does not know
+
+    @property
+    def first_step(self) -> int:
+        """Steps that Lightning's counter of this process leaves out."""
+        return self._first_step
+
+    @first_step.setter
+    def first_step(self, steps: int) -> None:
+        self._first_step = steps
+        if isinstance(self.logger, RunLogger):
+            self.logger.first_step = steps
+
+    @property
+    def steps(self) -> int:
+        """Steps of the run so far."""
+        return self.first_step + self.global_step
+
+    # The end
+
+    def _record(self, model: QuantLM, plan: Plan, seconds: float) -> None:
+        size = model_size(self.run_dir / MODEL, plan.source)
+        fit = fit_metrics(self, model, plan, seconds)
         merge_metrics(self.run_dir / METRICS, {**size, "fit": fit})
+        write_report(self.run_dir)
         print(
             f"{self.run_dir / MODEL}: {size['bits_per_weight']:.3f} bits per quantised weight, "
             f"{size['bits_per_weight_with_embeddings']:.3f} with embeddings, {size['size_bytes'] / 1e6:.1f} MB; "
-            f"checksum {fit['checksum']}"
+            f"checksum {fit['checksum']}; {self.run_dir / REPORT} shows it"
         )
 
-    def _notify(self, hook: str, subject: Any) -> None:
+    def _say(self, line: str) -> None:
+        if self.is_global_zero:
+            print(f"ptql: {line}", file=sys.stderr, flush=True)
+
+    def _notify(self, hook: str, *subjects: Any) -> None:
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, BlockCallback):
-                getattr(callback, hook)(self, subject)
+                getattr(callback, hook)(self, *subjects)
+
+    # eval
 
     def eval(
         self,
@@ -201,6 +305,7 @@ class BlockTrainer(Trainer):
         windows: int | None = None,
         batch_size: int = 4,
         json: str | None = None,
+        compare_source: bool = False,
     ) -> None:
         """Measure a model: perplexity on texts, lm-eval tasks.
 
@@ -214,37 +319,44 @@ class BlockTrainer(Trainer):
             windows: Windows of each text; all by default.
             batch_size: Windows, or items, at a time.
             json: File for the results, merged into what it holds.
+            compare_source: Measure the run's full-precision source as well, for comparison.
         """
-        self._start(model)
-        directory, results = self._what_to_measure(model, run, json)
-        evaluate(
-            directory,
-            results,
-            device=self.strategy.root_device,
-            texts=text or {},
-            tasks=tasks.split(",") if isinstance(tasks, str) else tasks or [],
-            include_path=None if include_path is None else Path(include_path),
-            limit=limit,
-            length=length,
-            max_windows=windows,
-            batch_size=batch_size,
+        if self.world_size > 1:
+            raise InputError(
+                f"devices={self.world_size}: eval is one process, and spreads a model that needs it over all GPUs by "
+                "itself; leave --trainer.devices at 1"
+            )
+        self.strategy.setup_environment()
+        self._precision_of_products(model)
+        evaluate_run(
+            run,
+            model.source,
+            json,
+            compare_source,
+            Measurement(
+                device=self.strategy.root_device,
+                texts=text or {},
+                tasks=tasks.split(",") if isinstance(tasks, str) else tasks or [],
+                include_path=None if include_path is None else Path(include_path),
+                limit=limit,
+                length=length,
+                max_windows=windows,
+                batch_size=batch_size,
+            ),
         )
 
-    def _what_to_measure(self, model: QuantLM, run: str | None, json: str | None) -> tuple[str | Path, Path | None]:
-        if (run is None) == (model.source is None):
-            raise InputError("eval measures one model: give either --run RUN or --model.source DIR")
-        if run is None:
-            return model.source or "", None if json is None else Path(json)
-        if not (Path(run) / MODEL).is_dir():
-            raise InputError(f"{run}: no finished model in this run; let `ptql fit` end first")
-        return Path(run) / MODEL, Path(json) if json else Path(run) / METRICS
+    def _precision_of_products(self, model: QuantLM) -> None:
+        if self.strategy.root_device.type == "cuda":
+            torch.set_float32_matmul_precision(model.matmul)
 
 
-def _give_back_memory() -> None:
-    """Return what is free to the system: glibc would keep up to 100 MB between a 15 MB block's tensors."""
-    with suppress(OSError, AttributeError, TypeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
+def with_usual_callbacks(given: Callback | list[Callback] | None, progress: bool, checkpoints: bool) -> list[Callback]:
+    """The given callbacks and, of those that belong to every run, the ones that are not among them.
 
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    Without `checkpoints` a block is saved only when a signal ends the run in its middle.
+    """
+    callbacks = [given] if isinstance(given, Callback) else list(given or [])
+    usual = [BlockCheckpoint() if checkpoints else BlockCheckpoint(every_seconds=math.inf), BlockPlots()]
+    if progress:
+        usual.insert(0, BlockProgress())
+    return callbacks + [own for own in usual if not any(isinstance(callback, type(own)) for callback in callbacks)]

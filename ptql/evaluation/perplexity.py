@@ -42,11 +42,11 @@ def perplexity(
     """
     shell = model.shell().to(device)
     batches = windows.split(batch_size)
-    first, context = shell.embed(windows[:1].to(device))
-    context = move(context, device)
+    first, contexts = shell.embed(windows[:1].to(device))
+    contexts = move(contexts, device)
     home = resting_place(first.numel() * 4 * len(windows), device)
     hidden = torch.cat([shell.embed(batch.to(device))[0].to(home) for batch in batches])
-    for index in range(model.num_blocks):
+    for index, context in enumerate(contexts):
         hidden = run_block(model.block(index, device), hidden, context, batch_size)
         if progress is not None:
             progress(index + 1, model.num_blocks)

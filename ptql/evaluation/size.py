@@ -7,20 +7,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from ptql.checkpoint import Checkpoint
-
-BITS = {
-    "F64": 64,
-    "F32": 32,
-    "F16": 16,
-    "BF16": 16,
-    "I64": 64,
-    "I32": 32,
-    "I16": 16,
-    "I8": 8,
-    "U8": 8,
-    "BOOL": 8,
-}
+from ptql.checkpoint import BITS, Checkpoint
 
 
 def model_size(model: Path, source: Checkpoint) -> dict[str, float | int]:

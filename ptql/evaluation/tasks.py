@@ -48,6 +48,7 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
+    bos: bool = False,
 ) -> dict[str, Any]:
     """Scores of the model on each task, as `lm_eval --model hf` gives them with its default settings.
 
@@ -63,6 +64,7 @@ def run_tasks(
         limit: Only the first so many questions of each task.
         batch_size: Questions in one forward pass.
         max_length: Longest prompt in tokens, a longer one loses its beginning; None takes the model's limit.
+        bos: Begin every prompt with the tokenizer's `<bos>`; else it begins as the tokenizer does by itself.
 
     Returns:
         `{"lm_eval_version": str, "limit": int | None, "results": {task: {"acc": float, ..., "n": int}}}` with
@@ -70,9 +72,11 @@ def run_tasks(
         "exact_match,strict-match". `n` is the number of questions.
 
     Raises:
-        InputError: A task is unknown, or its questions can't be read.
+        InputError: A task is unknown, its questions can't be read, or the tokenizer can't add `<bos>`.
     """
     manager = _index_tasks(tasks, include_path)
+    if bos:
+        _add_bos(tokenizer)
 
     import lm_eval
     from lightning.pytorch.utilities.seed import isolate_rng
@@ -80,7 +84,9 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     with _quiet(), _no_retying(model), isolate_rng():
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)  # pyright: ignore[reportCallIssue]
+        # add_bos_token None: as the tokenizer does by itself
+        options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "add_bos_token": bos or None}
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, **options)  # pyright: ignore[reportCallIssue]
         try:
             report = simple_evaluate(
                 model=harness,
@@ -105,6 +111,22 @@ def run_tasks(
             if "sample_len" in metrics
         },
     }
+
+
+def _add_bos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the tokenizer begin texts with `<bos>`, which lm-eval can only ask it to do."""
+    if _adds_bos(tokenizer):
+        return
+    tokenizer.add_bos_token = True  # pyright: ignore[reportAttributeAccessIssue]
+    if not _adds_bos(tokenizer):
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path!r}: it does not put bos_token {tokenizer.bos_token!r} before a text, "
+            "which this model needs; put the model's own tokenizer.json and tokenizer_config.json there"
+        )
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _index_tasks(tasks: Sequence[str], include_path: Path | None) -> TaskManager:

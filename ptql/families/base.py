@@ -17,12 +17,38 @@ class NormSite:
         norm: Module name of the norm, relative to the block.
         consumers: Module names of the linear layers; the last one is where the originals take statistics from.
         has_bias: Whether the norm has a bias of its own (LayerNorm) or needs one added to be shifted (RMSNorm).
+        offset: The norm multiplies by `offset + weight`: 1 for Gemma, whose weights are stored around zero.
     """
 
     name: str
     norm: str
     consumers: tuple[str, ...]
     has_bias: bool
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `start` to `stop` of a linear layer, to the end if `stop` is None: one projection of a fused matrix."""
+
+    linear: str
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """Norms of each head's query and key, between the projections and RoPE: one weight [head_dim] for all heads.
+
+    Args:
+        q: Module name of the queries' norm, relative to the block.
+        k: Of the keys' norm.
+        offset: Both multiply by `offset + weight`.
+    """
+
+    q: str
+    k: str
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -31,18 +57,23 @@ class AttentionSites:
 
     Args:
         module: Module name of the attention, relative to the block.
-        rotary: q and k pass through RoPE with halves rotated, so channels i and i + head_dim / 2 belong together.
+        q: Rows that make the queries; so k, v.
+        o: Module name of the output projection.
+        rotary: Leading channels of each head of q and k that RoPE rotates, halves against each other: i and
+            i + rotary / 2 belong together. The others are free. 0 without RoPE.
+        head_norms: Where q and k are normed after the projections; scales of q against k go there.
     """
 
     module: str
-    q: str
-    k: str
-    v: str
+    q: Rows
+    k: Rows
+    v: Rows
     o: str
     heads: int
     kv_heads: int
     head_dim: int
-    rotary: bool
+    rotary: int
+    head_norms: HeadNorms | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +95,13 @@ class BlockLayout:
         """Every quantised matrix."""
         return tuple(name for group in self.linears for name in group)
 
+    @property
+    def offset_norms(self) -> tuple[str, ...]:
+        """Every norm that is folded into and multiplies by an offset plus its weight."""
+        head = self.attention.head_norms
+        heads = (head.q, head.k) if head is not None and head.offset else ()
+        return tuple(site.norm for site in self.norms if site.offset) + heads
+
 
 @dataclass(frozen=True)
 class Family:
@@ -73,8 +111,10 @@ class Family:
         name: For people.
         blocks: Module name of the list of blocks in the causal language model.
         layout: Where things are in a block of a model with this configuration; refuses what it can't handle.
+        bos: Every window must begin with the tokenizer's `<bos>`: models that never saw text without it.
     """
 
     name: str
     blocks: str
     layout: Callable[[PretrainedConfig], BlockLayout]
+    bos: bool = False

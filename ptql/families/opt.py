@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from ptql.errors import InputError
-from ptql.families.base import AttentionSites, BlockLayout, Family, NormSite
+from ptql.families.base import AttentionSites, BlockLayout, Family, NormSite, Rows
 
 
 def layout(config: PretrainedConfig) -> BlockLayout:
@@ -26,14 +26,14 @@ def layout(config: PretrainedConfig) -> BlockLayout:
         norms=norms if config.do_layer_norm_before else (),
         attention=AttentionSites(
             module="self_attn",
-            q=q,
-            k=k,
-            v=v,
+            q=Rows(q),
+            k=Rows(k),
+            v=Rows(v),
             o=o,
             heads=config.num_attention_heads,
             kv_heads=config.num_attention_heads,
             head_dim=config.hidden_size // config.num_attention_heads,
-            rotary=False,
+            rotary=0,
         ),
     )
 

@@ -21,6 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ptql.families import BlockLayout
+
 NAME = "ptql"
 
 
@@ -48,13 +50,14 @@ class PtqlQuantizer(HfQuantizer):
     """Prepares the blocks of a model, still on the meta device, for packed tensors.
 
     Where queries, keys and values are rounded, the model's attention becomes "ptql", whatever was asked for:
-    another one would leave the rounding out.
+    another one would leave the rounding out. So it does where SDPA would leave a cap on the scores out.
     """
 
     requires_calibration = True  # a full-precision model becomes a packed one by `ptql fit` only
     quantization_config: PtqlConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        from ptql.families import FAMILIES
         from ptql.formats.ptql import prepare_block
         from ptql.nn import attention
 
@@ -63,7 +66,9 @@ class PtqlQuantizer(HfQuantizer):
         blocks = model.base_model.get_submodule(fmt.blocks.removeprefix(model.base_model_prefix + "."))
         for block in blocks.children():
             prepare_block(block, fmt)
-        if fmt.rounds_attention:
+        if (family := FAMILIES.get(model.config.model_type)) is not None:
+            _keep_offset_norms(model, family.layout(model.config))
+        if fmt.rounds_attention or _loses_caps(model):
             attention.register()
             model.set_attn_implementation(attention.NAME)
 
@@ -73,6 +78,26 @@ class PtqlQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _loses_caps(model: PreTrainedModel) -> bool:
+    """Whether the model caps its attention scores and is about to run with SDPA, which ignores that.
+
+    Earlier versions of transformers take SDPA for Gemma 2 by themselves, later ones refuse it.
+    """
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    return capped and model.config._attn_implementation == "sdpa"
+
+
+def _keep_offset_norms(model: PreTrainedModel, layout: BlockLayout) -> None:
+    """Load the weights of norms that multiply by 1 + weight in float32, whatever the dtype of the model.
+
+    A large smoothing scale makes 1 + weight small: with weight close to -1, bfloat16 would leave it no digits.
+    Such norms compute in float32 by themselves, and give their input's dtype back.
+    """
+    names = [f"{norm}{inner}.weight" for norm in layout.offset_norms for inner in ("", ".norm")]
+    kept = set(model._keep_in_fp32_modules_strict or ()) | set(names)
+    model._keep_in_fp32_modules_strict = kept
 
 
 def register() -> None:

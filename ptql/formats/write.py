@@ -8,11 +8,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ptql.calibration.ledger import Ledger
 from ptql.checkpoint import INDEX, SINGLE, Checkpoint
+from ptql.disk import put, put_text, save_tensors
 from ptql.formats.ptql import PackedFormat
 
 SHARD_BYTES = 1 << 28  # what is held in memory while writing
@@ -20,23 +20,26 @@ COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
 def write_model(
-    source: Checkpoint, fmt: PackedFormat, ledger: Ledger, out: Path, shard_bytes: int = SHARD_BYTES
+    source: Checkpoint,
+    fmt: PackedFormat,
+    ledger: Ledger,
+    out: Path,
+    shard_bytes: int = SHARD_BYTES,
+    blocks: int | None = None,
 ) -> None:
     """Write the model directory `out`, whole or not at all; an older one is replaced.
 
-    Holds one shard in memory. Tokenizer and generation settings are copied from the source.
+    Holds one shard in memory. Tokenizer and generation settings are copied from the source. With `blocks`, only
+    so many first blocks and nothing around them are written: enough to read a block back.
     """
     scratch = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    _write_shards(_tensors(source, ledger), scratch, shard_bytes)
-    for pattern in COPIED:
-        for file in source.directory.glob(pattern):
-            if file.name not in ("config.json", INDEX):
-                shutil.copyfile(file, scratch / file.name)
-    config = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = fmt.to_dict()
-    (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    try:
+        _fill(scratch, source, fmt, _tensors(source, ledger, blocks), shard_bytes)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
@@ -45,14 +48,28 @@ def write_model(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _tensors(source: Checkpoint, ledger: Ledger) -> Iterator[tuple[str, Tensor]]:
-    for index in range(source.num_blocks):
+def _fill(
+    scratch: Path, source: Checkpoint, fmt: PackedFormat, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int
+) -> None:
+    _write_shards(tensors, scratch, shard_bytes)
+    for pattern in COPIED:
+        for file in source.directory.glob(pattern):
+            if file.name not in ("config.json", INDEX):
+                shutil.copyfile(file, scratch / file.name)
+    config = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = fmt.to_dict()
+    put_text(scratch / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _tensors(source: Checkpoint, ledger: Ledger, blocks: int | None) -> Iterator[tuple[str, Tensor]]:
+    for index in range(source.num_blocks if blocks is None else blocks):
         block = ledger.read(index)
         if block is None:
             raise RuntimeError(f"block {index} is missing or damaged in {ledger.folder}; run the same command again")
-        for name, tensor in block[0].items():
+        for name, tensor in block.stored.items():
             yield f"{source.family.blocks}.{index}.{name}", tensor
-    yield from source.read(source.outside_names())
+    if blocks is None:
+        yield from source.read(source.outside_names())
 
 
 def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> None:
@@ -63,7 +80,7 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_byt
 
     def flush() -> None:
         nonlocal shard, count, held
-        save_file(shard, folder / f"{count}.part", metadata={"format": "pt"})
+        put(folder / f"{count}.part", lambda scratch: save_tensors(shard, scratch))
         shard, count, held = {}, count + 1, 0
 
     for name, tensor in tensors:

@@ -6,7 +6,8 @@ equivalent transformation), LRQuant section 3. Products are written as sums, not
 TF32 never touches them.
 """
 
-# axes: out, in = weight rows, columns; c = channels between producer and consumer; kv = key/value heads; d = head size
+# axes: out, in = weight rows, columns; c = channels between producer and consumer; p = RoPE pairs and free channels;
+# kv = key/value heads; d = head size
 
 from __future__ import annotations
 
@@ -34,11 +35,15 @@ def fold_into_norm(
     bias: Float[Tensor, " c"] | None,
     scale: Float[Tensor, " c"],
     shift: Float[Tensor, " c"] | None,
+    offset: int = 0,
 ) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"] | None]:
-    """Weight and bias of a norm whose output is (old output - shift) / scale. A shift needs a bias."""
+    """Weight and bias of a norm whose output is (old output - shift) / scale. A shift needs a bias.
+
+    The norm multiplies by `offset + weight`.
+    """
     if bias is not None:
         bias = (bias if shift is None else bias - shift) / scale
-    return weight / scale, bias
+    return (weight + offset) / scale - offset, bias
 
 
 def fold_into_producer(
@@ -69,6 +74,16 @@ def repeat_heads(x: Float[Tensor, " c"], kv_heads: int, heads: int) -> Float[Ten
     """One value per key/value channel, repeated for every query head that reads this key/value head."""
     per_head = x.unflatten(0, (kv_heads, 1, -1))  # kv, 1, d
     return per_head.expand(kv_heads, heads // kv_heads, -1).flatten()
+
+
+def both_of_each_pair(x: Float[Tensor, " p"], heads: int, rotary: int) -> Float[Tensor, " c"]:
+    """One value per channel of `heads` heads from one per RoPE pair and one per channel that is not rotated.
+
+    The first `rotary` channels of a head are pairs i and i + rotary / 2, which are rotated into each other.
+    """
+    per_head = x.unflatten(0, (heads, -1))
+    pairs, free = per_head[:, : rotary // 2], per_head[:, rotary // 2 :]
+    return torch.cat([pairs, pairs, free], dim=1).flatten()
 
 
 def keep_away_from_zero(scale: Float[Tensor, " *shape"], smallest: float = 1e-2) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -12,6 +13,20 @@ from transformers.masking_utils import sdpa_mask
 NAME = "ptql"
 ROUNDING = "qkv_rounding"
 """The attribute of an attention module that holds what rounds its queries (after RoPE), keys and values."""
+
+# What transformers hands through to every attention function and this one needs not look at: the mask says it
+# already, or it is about outputs and caches. Anything else may change the result, and is refused.
+SPOKEN_FOR = frozenset(
+    (
+        "cache_position",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    )
+)
 
 
 def rounded_attention(
@@ -23,13 +38,22 @@ def rounded_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    **_: Any,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention on rounded q, k, v of [batch, heads, tokens, head size].
 
     Each token of each head is one vector to round; the softmax output is not rounded. Without a mask, and with
-    more than one query, attention is causal: transformers leaves the mask out exactly then.
+    more than one query, attention is causal: transformers leaves the mask out exactly then. A sliding window is
+    in the mask.
+
+    Raises:
+        NotImplementedError: The model asks for something that would be left out, such as attention sinks.
     """
+    _refuse_unheard(others)
+    if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
+        raise NotImplementedError(f"sliding_window={sliding_window} without a mask on {key.shape[2]} keys")
     rounding = getattr(module, ROUNDING, None)
     if rounding is not None:
         query, key, value = rounding(query), rounding(key), rounding(value)
@@ -41,10 +65,52 @@ def rounded_attention(
     causal = attention_mask is None and query.shape[2] > 1 and bool(is_causal)
     if attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[2]]
-    mixed = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling
-    )
+    if softcap is not None:
+        mixed = softcapped_attention(query, key, value, attention_mask, dropout, causal, scaling, softcap)
+    else:
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling
+        )
     return mixed.transpose(1, 2).contiguous(), None
+
+
+def softcapped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    """Attention whose scores are squashed into (-softcap, softcap) by tanh before masking (Gemma 2, section 2).
+
+    Torch's fused attention can't do that: all scores [batch, heads, queries, keys] are in memory here. The
+    softmax is in float32 at least, as in transformers.
+    """
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores / softcap) * softcap
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        # Not -inf: a padding token that sees nothing would become nan, and take others with it.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    shares = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    return F.dropout(shares, dropout) @ value
+
+
+def _refuse_unheard(others: dict[str, Any]) -> None:
+    unheard = sorted(
+        name for name, value in others.items() if value is not None and value is not False and name not in SPOKEN_FOR
+    )
+    if unheard:
+        raise NotImplementedError(
+            f"attention arguments {', '.join(unheard)}: ptql's attention does not know them, and leaving them out "
+            "could give other results"
+        )
 
 
 def register() -> None:

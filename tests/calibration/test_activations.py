@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ptql.calibration.activations import Batches, Streams, move, resting_place
+from ptql.calibration.ranks import Ranks
 from ptql.calibration.statistics import observe_inputs
 from ptql.checkpoint import Checkpoint
 from ptql.nn.student import call_block, make_student, run_block, weights_of
@@ -92,7 +93,7 @@ def test_ranges_are_those_of_the_full_precision_stream(model: PreTrainedModel, s
     ranges = streams.teach(source.block(0), source.layout, ("fp", "fp_on_quantised"))
     hidden, context, _ = block_calls(model, IDS)[0]
     block = blocks_of(model)[0]
-    with observe_inputs(block, source.layout, tokens=IDS.shape[1]) as expected:
+    with observe_inputs(block, source.layout, IDS.shape[1], Ranks()) as expected:
         call_block(block, hidden, context)
     for name, found in expected().items():
         close(ranges[name].low, found.low)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +25,7 @@ from ptql.checkpoint import Checkpoint
 from ptql.functional.losses import mean_squared_error
 from ptql.nn.student import call_block, run_block, weights_of
 from ptql.parts.objectives import Objective, Reconstruction, Target, Targets
-from ptql.parts.transforms import Smooth
+from ptql.parts.transforms import InputRange, Smooth
 from ptql.parts.weights import Affine
 from ptql.recipe import ActivationScheme, IntScheme
 from tests.models import llama_config, opt_config, random_model, save, some_ids
@@ -39,6 +41,22 @@ class Prepared:
     task: BlockTask
     streams: Streams
     source: Checkpoint
+    ranges: dict[str, InputRange]
+
+    def finish(self) -> Finished:
+        record, output = finish_block(self.task, self.streams, self.source.layout, self.ranges)
+        return Finished(record.stored, record.learned, record.ranges, record.summary, output)
+
+
+@dataclass
+class Finished:
+    """What `finish_block` returns, in one."""
+
+    stored: dict[str, Tensor]
+    learned: dict[str, Tensor]
+    ranges: dict[str, Tensor]
+    summary: dict[str, Any]
+    output: Tensor
 
 
 class Prepare:
@@ -57,7 +75,7 @@ class Prepare:
         block = source.block(0)
         ranges = streams.teach(block, source.layout, model.objective.targets)
         task = model.block_task(0, model.student(block, source), source, ranges, streams)
-        return Prepared(task, streams, source)
+        return Prepared(task, streams, source, ranges)
 
 
 @pytest.fixture
@@ -131,7 +149,7 @@ def test_sixteen_bits_leave_the_weights_alone(prepare: Prepare) -> None:
     assert made.task.learnables() == {}
     assert same(made.task.decode(made.task.encode()), weights_of(made.source.block(0)))
     sixteen = prepare(weight=IntScheme(16), activation=ActivationScheme(16), transforms=[])
-    finished = finish_block(sixteen.task, sixteen.streams)
+    finished = sixteen.finish()
     assert torch.equal(finished.output, sixteen.streams.targets["fp"])
     assert finished.summary["mse"] == 0
 
@@ -246,7 +264,7 @@ def test_dropout_stays_off_while_learning(prepare: Prepare, name: str) -> None:
 def test_learning_lowers_the_loss_of_the_encoded_block(prepare: Prepare, name: str) -> None:
     made = prepare(name)
     fit(made.task, made.streams.batches(), epochs=10)
-    finished = finish_block(made.task, made.streams)
+    finished = made.finish()
     assert finished.summary["loss"] < 0.99 * finished.summary["loss_start"]
     assert finished.summary["fell_back"] is False
     assert finished.summary["skipped_steps"] == 0
@@ -346,7 +364,7 @@ def test_a_skipped_step_is_as_if_its_batch_were_not_there(prepare: Prepare, pois
 def test_skipped_steps_are_told(prepare: Prepare) -> None:
     made = prepare(objective=Poisoned("gradient", at={1, 4}))
     fit(made.task, made.streams.batches(), epochs=2)
-    assert finish_block(made.task, made.streams).summary["skipped_steps"] == 2
+    assert made.finish().summary["skipped_steps"] == 2
 
 
 # The best epoch
@@ -435,7 +453,7 @@ def awful(task: BlockTask) -> dict[str, Tensor]:
 def test_what_was_learned_is_dropped_where_the_start_is_better(prepare: Prepare, name: str) -> None:
     made, untouched = prepare(name), prepare(name)
     made.task.load_learnables(awful(made.task))
-    finished, start = finish_block(made.task, made.streams), finish_block(untouched.task, untouched.streams)
+    finished, start = made.finish(), untouched.finish()
     assert finished.summary["fell_back"] is True
     assert finished.summary["loss"] == finished.summary["loss_start"] == start.summary["loss"]
     assert same(finished.learned, made.task.initial)
@@ -447,7 +465,7 @@ def test_what_was_learned_is_dropped_where_the_start_is_better(prepare: Prepare,
 def test_learnables_that_are_not_finite_are_dropped(prepare: Prepare) -> None:
     made = prepare()
     made.task.load_learnables({name: t * math.nan for name, t in made.task.learnables().items()})
-    finished = finish_block(made.task, made.streams)
+    finished = made.finish()
     assert finished.summary["fell_back"] is True
     assert math.isfinite(finished.summary["loss"])
     assert finished.output.isfinite().all()
@@ -455,7 +473,7 @@ def test_learnables_that_are_not_finite_are_dropped(prepare: Prepare) -> None:
 
 def test_a_draw_is_no_fall_back(prepare: Prepare) -> None:
     made = prepare()
-    finished = finish_block(made.task, made.streams)
+    finished = made.finish()
     assert finished.summary["fell_back"] is False
     assert finished.summary["loss"] == finished.summary["loss_start"]
 
@@ -464,7 +482,7 @@ def test_what_was_learned_is_still_there_afterwards(prepare: Prepare) -> None:
     made = prepare()
     fit(made.task, made.streams.batches(), epochs=10)
     learned = copy.deepcopy(made.task.learnables())
-    finished = finish_block(made.task, made.streams)
+    finished = made.finish()
     assert finished.summary["fell_back"] is False
     assert same(finished.learned, learned)
     assert same(made.task.learnables(), learned)
@@ -476,7 +494,7 @@ def test_what_was_learned_is_still_there_afterwards(prepare: Prepare) -> None:
 def test_the_output_is_that_of_the_stored_block(prepare: Prepare, name: str, shift: Any) -> None:
     made = prepare(name, transforms=[Smooth(shift=shift)])
     fit(made.task, made.streams.batches(), epochs=2)
-    finished, task = finish_block(made.task, made.streams), made.task
+    finished, task = made.finish(), made.task
     decoded = task.decode(finished.stored)
     again = run_block(task.student, made.streams.quantised, made.streams.context, 2, decoded)
     assert torch.equal(finished.output, again)
@@ -489,7 +507,7 @@ def test_the_output_is_that_of_the_stored_block(prepare: Prepare, name: str, shi
 
 def test_the_summary_is_the_objective_and_the_mse_of_the_stored_block(prepare: Prepare) -> None:
     made = prepare(objective=Reconstruction(mse=0.0, nlc=3.0, targets=("fp", "fp_on_quantised")))
-    finished = finish_block(made.task, made.streams)
+    finished = made.finish()
     targets, terms = made.streams.targets, []
     for start in range(0, 5, 2):  # the last batch has one sample
         part = slice(start, start + 2)
@@ -504,8 +522,41 @@ def test_the_summary_is_the_objective_and_the_mse_of_the_stored_block(prepare: P
 
 def test_a_block_without_learnables_is_encoded_once(prepare: Prepare) -> None:
     made = prepare(transforms=[], weight_quantizer=Affine(clip=False))
-    finished = finish_block(made.task, made.streams)
+    finished = made.finish()
     assert finished.learned == {}
     assert finished.summary["fell_back"] is False
     assert finished.summary["loss_start"] == finished.summary["loss"] > 0
-    assert all(isinstance(v, (float, int, bool)) for v in finished.summary.values())
+    assert json.loads(json.dumps(finished.summary)) == finished.summary
+    assert "best_epoch" not in finished.summary
+
+
+def test_the_summary_tells_the_error_of_each_matrix_and_the_best_epoch(prepare: Prepare) -> None:
+    made = prepare()
+    fit(made.task, made.streams.batches(), epochs=3)
+    finished = made.finish()
+    folded, decoded = made.task.folded_weights(), made.task.decode(finished.stored)
+    assert finished.summary["layers"].keys() == set(made.source.layout.names)
+    for name, error in finished.summary["layers"].items():
+        w, rounded = folded[f"{name}.weight"].double(), decoded[f"{name}.weight"].double()
+        assert error == pytest.approx(((w - rounded) ** 2).sum().item() / (w**2).sum().item(), rel=1e-5)
+        assert 0 < error < 1
+    assert finished.summary["best_epoch"] in (0, 1, 2)
+    assert finished.summary["loss_learned"] == made.task.best_loss > 0
+
+
+def test_the_ranges_are_those_before_and_after_smoothing(prepare: Prepare) -> None:
+    made = prepare(transforms=[Smooth(initial="ones", shift="none")])
+    finished = made.finish()
+    firsts = {group[0] for group in made.source.layout.linears}
+    assert finished.ranges.keys() == {f"{when}.{name}" for name in firsts for when in ("before", "after")}
+    hidden = made.streams.quantised  # of block 0: the embeddings, in both streams
+    norm = made.source.block(0).get_submodule("input_layernorm")
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+    peak = norm(hidden).abs().flatten(0, 1).amax(0)
+    close(finished.ranges["before.self_attn.q_proj"], peak)
+    close(finished.ranges["after.self_attn.q_proj"], peak)  # nothing is smoothed yet
+    made = prepare(transforms=[Smooth(initial="log", shift="none")])
+    scale = made.task.learnables()["transforms.0.sites.0.scale"]
+    smoothed = made.finish()
+    close(smoothed.ranges["before.self_attn.q_proj"], peak)
+    close(smoothed.ranges["after.self_attn.q_proj"], peak / scale)

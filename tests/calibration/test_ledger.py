@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ptql.calibration.ledger import FOLDER, MANIFEST, VERSION, Ledger
+from ptql.calibration.ledger import FOLDER, MANIFEST, PARTS, VERSION, BlockRecord, Ledger
 from ptql.errors import InputError
 
 IDENTITY: dict[str, Any] = {
@@ -24,8 +24,8 @@ IDENTITY: dict[str, Any] = {
 }
 
 
-def block(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Stored tensors of all kinds, and learnables of the same name as one of them."""
+def block(seed: int, **summary: Any) -> BlockRecord:
+    """Stored tensors of all kinds, and learnables and ranges of the same name as one of them."""
     draw = torch.Generator().manual_seed(seed)
     stored = {
         "mlp.up_proj.codes": torch.randint(0, 256, (4, 3), generator=draw).to(torch.uint8),
@@ -34,7 +34,8 @@ def block(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         "mlp.up_proj.bias": torch.randn(4, generator=draw).half(),
         "dense": torch.randn(5, 4, generator=draw).bfloat16().T,  # not contiguous
     }
-    return stored, {"norm.weight": torch.randn(6, generator=draw), "empty": torch.zeros(0)}
+    learned = {"norm.weight": torch.randn(6, generator=draw), "empty": torch.zeros(0)}
+    return BlockRecord(stored, learned, {"norm.weight": torch.rand(6, generator=draw)}, summary)
 
 
 def begun(run: Path, identity: dict[str, Any] | None = None) -> Ledger:
@@ -46,7 +47,7 @@ def begun(run: Path, identity: dict[str, Any] | None = None) -> Ledger:
 def with_blocks(run: Path, count: int = 3) -> Ledger:
     ledger = begun(run)
     for index in range(count):
-        ledger.record(index, *block(index), {"loss": index / 7})
+        ledger.record(index, block(index, loss=index / 7))
     return ledger
 
 
@@ -62,8 +63,11 @@ def test_what_is_recorded_is_read_bit_for_bit(tmp_path: Path) -> None:
         for index in range(3):
             found = again.read(index)
             assert found is not None
-            assert same(found[0], block(index)[0])
-            assert same(found[1], block(index)[1])
+            assert same(found.stored, block(index).stored)
+            assert same(found.learned, block(index).learned)
+            assert same(found.ranges, block(index).ranges)
+            assert found.resumed
+            assert found.summary["loss"] == index / 7
             summary = again.summary(index)
             assert summary is not None
             assert summary["loss"] == index / 7
@@ -107,22 +111,22 @@ def test_the_checksum_is_that_of_all_blocks_in_their_order(tmp_path: Path) -> No
     forth = with_blocks(tmp_path / "forth", 12)
     back = begun(tmp_path / "back", {"max_epochs": 7})
     for index in reversed(range(12)):
-        back.record(index, *block(index), {"loss": 99.0})
+        back.record(index, block(index, loss=99.0))
     assert forth.checksum() == back.checksum()  # of the result, not of how it was reached
     swapped = begun(tmp_path / "swapped")
     for index in range(12):
-        swapped.record(index, *block({0: 1, 1: 0}.get(index, index)), {})
+        swapped.record(index, block({0: 1, 1: 0}.get(index, index)))
     assert swapped.checksum() != forth.checksum()
     shorter = with_blocks(tmp_path / "shorter", 11)
     assert shorter.checksum() != forth.checksum()
 
 
-@pytest.mark.parametrize("part", [0, 1])
-def test_every_bit_counts(tmp_path: Path, part: int) -> None:
+@pytest.mark.parametrize("part", PARTS)
+def test_every_bit_counts(tmp_path: Path, part: str) -> None:
     one, two = with_blocks(tmp_path / "one", 1), begun(tmp_path / "two")
     changed = block(0)
-    changed[part]["norm.weight"][3] += 1e-6
-    two.record(0, *changed, {})
+    getattr(changed, part)["norm.weight"][3] += 1e-6
+    two.record(0, changed)
     assert one.checksum() != two.checksum()
 
 
@@ -148,7 +152,10 @@ def test_a_damaged_block_counts_as_not_finished(tmp_path: Path, damage: str) -> 
     assert again.read(1) is None
     assert again.read(0) is not None
     assert again.read(2) is not None
-    again.record(1, *block(1), {})
+    told: list[Path] = []
+    assert again.finished(told.append) == {0, 2}
+    assert told == [path]
+    again.record(1, block(1))
     assert again.checksum() == checksum
     assert again.read(1) is not None
 
@@ -161,19 +168,19 @@ def test_a_kill_while_a_block_is_written_leaves_the_older_state(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for last in ("block-00001.tmp", MANIFEST + ".tmp"):
+    for last in ("block-00001.safetensors.tmp", MANIFEST + ".tmp"):
         monkeypatch.setattr(
-            "ptql.calibration.ledger.os.replace",
+            "ptql.disk.os.replace",
             lambda old, new, last=last: killed() if Path(old).name == last else os.rename(old, new),
         )
         with pytest.raises(KeyboardInterrupt):
-            ledger.record(1, *block(1), {})
+            ledger.record(1, block(1))
         again = Ledger(tmp_path / "run", IDENTITY)
         assert again.read(0) is not None
         assert again.read(1) is None
     monkeypatch.undo()
     again = begun(tmp_path / "run")
-    again.record(1, *block(1), {})
+    again.record(1, block(1))
     assert not list((tmp_path / "run" / FOLDER).glob("*.tmp"))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ptql.calibration.ranks import Ranks
 from ptql.calibration.statistics import observe_inputs
 from ptql.families import BlockLayout, family_of
 from ptql.nn.student import run_block
@@ -43,7 +44,7 @@ class Seen:
         run_block(self.block, self.hidden, self.context, batch_size)
 
     def ranges(self, batch_size: int) -> dict[str, InputRange]:
-        with observe_inputs(self.block, self.layout, tokens=TOKENS) as ranges:
+        with observe_inputs(self.block, self.layout, TOKENS, Ranks()) as ranges:
             self.run(batch_size)
         return ranges()
 
@@ -97,7 +98,7 @@ def test_layers_that_share_an_input_share_its_range(seen: Seen) -> None:
 
 
 def test_nothing_is_observed_after_the_end(seen: Seen) -> None:
-    with observe_inputs(seen.block, seen.layout, tokens=TOKENS) as ranges:
+    with observe_inputs(seen.block, seen.layout, TOKENS, Ranks()) as ranges:
         seen.run(2)
     before = {name: found.high.clone() for name, found in ranges().items()}
     seen.hidden *= 100
@@ -107,7 +108,7 @@ def test_nothing_is_observed_after_the_end(seen: Seen) -> None:
 
 
 def test_hooks_are_taken_off_when_a_pass_fails(seen: Seen) -> None:
-    with pytest.raises(ZeroDivisionError), observe_inputs(seen.block, seen.layout, tokens=TOKENS):
+    with pytest.raises(ZeroDivisionError), observe_inputs(seen.block, seen.layout, TOKENS, Ranks()):
         raise ZeroDivisionError
     assert not any(m._forward_pre_hooks for m in seen.block.modules())
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from ptql.calibration.ledger import FOLDER, Ledger
+from ptql.calibration.ledger import FOLDER, BlockRecord, Ledger
 from ptql.calibration.quant_lm import QuantLM
 from ptql.checkpoint import INDEX, SINGLE, Checkpoint
 from ptql.formats import write
@@ -37,7 +37,7 @@ def encoded(source: Checkpoint, run: Path) -> Ledger:
             w = weights.pop(f"{name}.weight")
             stored = Affine(clip=False).for_linear(name, w, RECIPE.weight).encode(w)
             packed |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
-        ledger.record(index, {**weights, **packed}, {"unused": torch.ones(3)}, {})
+        ledger.record(index, BlockRecord({**weights, **packed}, {"unused": torch.ones(3)}, {}))
     return ledger
 
 
@@ -77,7 +77,7 @@ def test_every_tensor_is_there_and_no_other(source: Checkpoint, ledger: Ledger) 
     for index in range(source.num_blocks):
         block = ledger.read(index)
         assert block is not None
-        expected |= {f"model.layers.{index}.{name}": tensor for name, tensor in block[0].items()}
+        expected |= {f"model.layers.{index}.{name}": tensor for name, tensor in block.stored.items()}
     whole = load_file(source.directory / SINGLE)
     expected |= {name: whole[name] for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")}
     assert found.keys() == expected.keys()

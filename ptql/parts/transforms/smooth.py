@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ptql.errors import InputError
-from ptql.families import AttentionSites, BlockLayout, NormSite
+from ptql.families import AttentionSites, BlockLayout, NormSite, Rows
 from ptql.functional import smoothing
 from ptql.parts.transforms.base import AddedBiases, BlockFacts, Transform, TransformState, Weights
 from ptql.recipe import ActivationScheme, IntScheme
@@ -84,7 +84,7 @@ class Smooth(Transform):
                 norms |= set() if site.has_bias else {site.norm}
                 linears |= set(site.consumers)
         if "out" in self.sites:
-            linears |= {layout.attention.v, layout.attention.o}
+            linears |= {layout.attention.v.linear, layout.attention.o}
         return AddedBiases(frozenset(norms), frozenset(linears) - biased)
 
     def for_block(self, facts: BlockFacts) -> TransformState:
@@ -97,7 +97,9 @@ class Smooth(Transform):
         if "out" in self.sites:
             states.append(SmoothValue(attention, self._value_scale(facts), self._value_shift(facts)))
         if "qkt" in self.sites:
-            states.append(SmoothQueryKey(attention, tied=attention.rotary and not self.faithful))
+            tied = 0 if self.faithful else attention.rotary
+            kind = SmoothQueryKey if attention.head_norms is None else SmoothHeadNorms
+            states.append(kind(attention, tied))
         return SmoothBlock(states, self.lr)
 
     def _initial(self, absmax: Tensor, weight_peak: Tensor) -> Tensor:
@@ -127,10 +129,11 @@ class Smooth(Transform):
 
     def _value_shift(self, facts: BlockFacts) -> Tensor | None:
         site = facts.layout.attention
-        if self.shift == "none" or f"{site.v}.bias" not in facts.weights or f"{site.o}.bias" not in facts.weights:
+        bias = facts.weights.get(f"{site.v.linear}.bias")
+        if self.shift == "none" or bias is None or f"{site.o}.bias" not in facts.weights:
             return None
         middle = _by_value_channel(facts.ranges[site.o].middle, site).mean(1).flatten()
-        own_bias = bool(facts.weights[f"{site.v}.bias"].any())
+        own_bias = bool(bias[site.v.start : site.v.stop].any())
         return middle if own_bias else torch.zeros_like(middle)
 
 
@@ -172,7 +175,7 @@ class SmoothNorm(TransformState):
         norm = self.site.norm
         wrapped = f"{norm}.norm.weight"  # an RMSNorm inside a ShiftedNorm
         weight, bias = wrapped if wrapped in weights else f"{norm}.weight", f"{norm}.bias"
-        folded = smoothing.fold_into_norm(weights[weight], weights.get(bias), self.scale, self.shift)
+        folded = smoothing.fold_into_norm(weights[weight], weights.get(bias), self.scale, self.shift, self.site.offset)
         weights = _with(weights, weight, bias, folded)
         for name in self.site.consumers:
             weights = _fold(weights, name, smoothing.fold_into_consumer, self.scale, self.shift)
@@ -190,36 +193,78 @@ class SmoothValue(TransformState):
 
     def forward(self, weights: Weights) -> Weights:
         s = self.site
-        weights = _fold(weights, s.v, smoothing.fold_into_producer, self.scale, self.shift)
+        weights = _fold_rows(weights, s.v, self.scale, self.shift)
         scale = smoothing.repeat_heads(self.scale, s.kv_heads, s.heads)
         shift = None if self.shift is None else smoothing.repeat_heads(self.shift, s.kv_heads, s.heads)
         return _fold(weights, s.o, smoothing.fold_into_consumer, scale, shift)
 
 
 class SmoothQueryKey(TransformState):
-    """q divided and k multiplied by `scale`: [kv_heads * head_dim], or half of that where RoPE ties pairs."""
+    """q divided and k multiplied by `scale`: [kv_heads * head_dim], less where RoPE ties pairs.
 
-    def __init__(self, site: AttentionSites, tied: bool) -> None:
+    Args:
+        site: The projections.
+        tied: Leading channels of each head that are tied in pairs; 0 for none.
+    """
+
+    def __init__(self, site: AttentionSites, tied: int) -> None:
         super().__init__()
         self.site = site
         self.tied = tied
-        self.scale = nn.Parameter(torch.ones(site.kv_heads * site.head_dim // (2 if tied else 1)))
+        self.scale = nn.Parameter(torch.ones(site.kv_heads * (site.head_dim - tied // 2)))
 
     def forward(self, weights: Weights) -> Weights:
         s = self.site
-        scale = self.scale
-        if self.tied:  # channels i and i + head_dim / 2 are rotated into each other
-            scale = scale.view(s.kv_heads, -1).repeat(1, 2).flatten()
+        scale = smoothing.both_of_each_pair(self.scale, s.kv_heads, self.tied)
         by_query = smoothing.repeat_heads(scale, s.kv_heads, s.heads)
-        weights = _fold(weights, s.q, smoothing.fold_into_producer, by_query, None)
-        return _fold(weights, s.k, smoothing.fold_into_producer, 1 / scale, None)
+        weights = _fold_rows(weights, s.q, by_query, None)
+        return _fold_rows(weights, s.k, 1 / scale, None)
 
 
-def _with(weights: Weights, weight: str, bias: str, folded: tuple[Tensor, Tensor | None]) -> Weights:
-    new = {**weights, weight: folded[0]}
-    return new if folded[1] is None else {**new, bias: folded[1]}
+class SmoothHeadNorms(TransformState):
+    """As `SmoothQueryKey` where a norm follows the projections and undoes what they are scaled by.
+
+    The norms' weights take the scale, [head_dim] for all heads, less where RoPE ties pairs.
+    """
+
+    def __init__(self, site: AttentionSites, tied: int) -> None:
+        super().__init__()
+        assert site.head_norms is not None
+        self.site = site
+        self.norms = site.head_norms
+        self.tied = tied
+        self.scale = nn.Parameter(torch.ones(site.head_dim - tied // 2))
+
+    def forward(self, weights: Weights) -> Weights:
+        scale = smoothing.both_of_each_pair(self.scale, 1, self.tied)
+        for norm, by in ((self.norms.q, scale), (self.norms.k, 1 / scale)):
+            weight, bias = f"{norm}.weight", f"{norm}.bias"
+            folded = smoothing.fold_into_norm(weights[weight], weights.get(bias), by, None, self.norms.offset)
+            weights = _with(weights, weight, bias, folded)
+        return weights
+
+
+def _with(weights: Weights, weight: str, bias: str, folded: tuple[Tensor | None, Tensor | None]) -> Weights:
+    named = {weight: folded[0], bias: folded[1]}
+    return {**weights, **{name: tensor for name, tensor in named.items() if tensor is not None}}
 
 
 def _fold(weights: Weights, name: str, fold, scale: Tensor, shift: Tensor | None) -> Weights:
     weight, bias = f"{name}.weight", f"{name}.bias"
     return _with(weights, weight, bias, fold(weights[weight], weights.get(bias), scale, shift))
+
+
+def _fold_rows(weights: Weights, rows: Rows, scale: Tensor, shift: Tensor | None) -> Weights:
+    """Fold into the rows as a producer; the others of a fused matrix stay as they are."""
+    weight, bias = f"{rows.linear}.weight", f"{rows.linear}.bias"
+    part = slice(rows.start, rows.stop)
+    old = weights[weight], weights.get(bias)
+    new = smoothing.fold_into_producer(old[0][part], None if old[1] is None else old[1][part], scale, shift)
+    return _with(weights, weight, bias, (_put(old[0], rows, new[0]), _put(old[1], rows, new[1])))
+
+
+def _put(old: Tensor | None, rows: Rows, new: Tensor | None) -> Tensor | None:
+    """`old` with `new` in place of these rows."""
+    if old is None or new is None or len(new) == len(old):
+        return new
+    return torch.cat([old[: rows.start], new, old[rows.start + len(new) :]])

@@ -1,0 +1,65 @@
+"""What a finished fit says of itself in metrics.json."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ptql import __version__
+from ptql.calibration.preparation import Plan
+from ptql.calibration.quant_lm import QuantLM
+from ptql.callbacks.checkpoint import BlockCheckpoint
+
+if TYPE_CHECKING:
+    from ptql.calibration.trainer import BlockTrainer
+
+
+def fit_metrics(trainer: BlockTrainer, model: QuantLM, plan: Plan, seconds: float) -> dict[str, Any]:
+    """The section `fit`: sums over all blocks, by this process or earlier ones.
+
+    Args:
+        trainer: After the last block.
+        model: The recipe.
+        plan: Of this run.
+        seconds: That this process took; blocks that earlier ones finished are not in it.
+    """
+    blocks = [trainer.ledger.summary(index) or {} for index in range(trainer.num_blocks)]
+    device = trainer.strategy.root_device
+    fit: dict[str, Any] = {
+        "method": model.method,
+        "source": str(model.source),
+        "blocks": trainer.num_blocks,
+        "seconds": round(sum(block["seconds"] for block in blocks), 1),
+        "seconds_learning": round(sum(block["seconds_learning"] for block in blocks), 1),
+        "seconds_this_process": round(seconds, 1),
+        "seconds_saving_this_process": round(_saving(trainer), 2),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": trainer.world_size,
+        "versions": {name: version(name) for name in ("torch", "lightning", "transformers")} | {"ptql": __version__},
+        "skipped_steps": sum(block.get("skipped_steps", 0) for block in blocks),
+        "fell_back": sum(block["fell_back"] for block in blocks),
+        "last_block_mse": blocks[-1]["mse"],
+        "peak_host_bytes": max(block.get("peak_host_bytes", 0) for block in blocks),
+        "checksum": trainer.ledger.checksum(),
+        "warnings": _warnings(plan, blocks),
+    }
+    if peaks := [block["peak_gpu_bytes"] for block in blocks if "peak_gpu_bytes" in block]:
+        fit["peak_gpu_bytes"] = max(peaks)
+    return fit
+
+
+def _saving(trainer: BlockTrainer) -> float:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return trainer.ledger.seconds + sum(c.seconds for c in callbacks if isinstance(c, BlockCheckpoint))
+
+
+def _warnings(plan: Plan, blocks: list[dict[str, Any]]) -> list[str]:
+    found = [] if plan.dropped is None else [plan.dropped]
+    for index, block in enumerate(blocks):
+        if block["fell_back"]:
+            found.append(f"block {index}: learning ended worse than it began; the start was kept")
+        if skipped := block.get("skipped_steps"):
+            found.append(f"block {index}: {skipped} steps had gradients that are not finite and were skipped")
+    return found

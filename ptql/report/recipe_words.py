@@ -1,0 +1,51 @@
+"""A run's recipe in words: model, method, scheme."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from ptql.report.numbers import real
+from ptql.report.run_files import RunFiles, section
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is called.
+
+    Args:
+        model: Last part of the source's name.
+        method: Of the recipe; "" if not known.
+        scheme: `w4a4`, `w2a16g64`; "" if not known.
+        words: The scheme in words; "" if not known.
+    """
+
+    model: str
+    method: str
+    scheme: str
+    words: str
+
+
+def recipe_of(run: RunFiles) -> Recipe:
+    """From the metrics, the ledger and the configuration, whichever of them is there."""
+    source = str(section(run.metrics, "fit").get("source") or section(run.config, "model").get("source") or "")
+    method = section(run.metrics, "fit").get("method") or section(run.config, "model").get("method") or ""
+    weight = _either(run, "weight")
+    activation = _either(run, "activation")
+    bits, group, act = real(weight.get("bits")), real(weight.get("group_size")), real(activation.get("bits"))
+    if bits != bits:
+        return Recipe(PurePath(source).name or "A model", str(method), "", "")
+    act = 16 if act != act else act
+    grouped = group > 0
+    scheme = f"w{bits:g}a{act:g}" + (f"g{group:g}" if grouped else "")
+    rows = f"groups of {group:g} columns" if grouped else "a scale per row"
+    kind = ", symmetric" if weight.get("symmetric") is True else ""
+    words = f"{bits:g}-bit weights ({rows}{kind}), " + (
+        f"{act:g}-bit activations" if act < 16 else "activations as they are"
+    )
+    return Recipe(PurePath(source).name or "A model", str(method), scheme, words)
+
+
+def _either(run: RunFiles, key: str) -> dict[str, Any]:
+    return section(run.identity, "recipe", key) or section(run.config, "model", key)
