@@ -25,7 +25,7 @@ def main(args: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     end_with_parent()  # where this is one of several processes, started by the first
     try:
-        _run(with_shipped_configs(sys.argv[1:] if args is None else args))
+        run_command(sys.argv[1:] if args is None else args)
     except InputError as error:
         print(f"ptql: error: {error}", file=sys.stderr)
         return 2
@@ -45,7 +45,9 @@ def _stopped(code: int) -> int:
     return code
 
 
-def _run(args: list[str]) -> None:
+def run_command(args: list[str]) -> None:
+    """Run a command; what `main` turns into exit codes is raised."""
+    args = with_shipped_configs(args)
     # Imported here: --help of a typo should not take the seconds that Lightning and transformers need.
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ptql  # noqa: F401  (registers the format)
+from benchmarks.kills import alive
+from ptql.checkpoint import Checkpoint
+from ptql.evaluation.whole import load_whole, spread
 from ptql.functional.affine import fake_quantize_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -83,3 +90,98 @@ def test_token_rounding_and_its_gradient_equal_the_cpu(bits: int) -> None:
         pairs.append((rounded.detach().cpu(), leaf.grad.cpu()))  # type: ignore[union-attr]
     torch.testing.assert_close(pairs[0][0], pairs[1][0])
     torch.testing.assert_close(pairs[0][1], pairs[1][1], rtol=1e-4, atol=1e-4)
+
+
+def learned(run_dir: Path) -> list[dict[str, torch.Tensor]]:
+    files = sorted((run_dir / "ledger").glob("block-*.safetensors"))
+    return [{k: v for k, v in load_file(file).items() if k.startswith("learned.")} for file in files]
+
+
+def fit_command(run_dir: Path, source: Path, text: Path, *extra: str) -> list[str]:
+    return [
+        *(sys.executable, str(ROOT / "cli.py"), "fit", "-c", "methods/lrquant", "-c", "schemes/w4a16"),
+        *("--model.source", str(source), "--data.text", str(text), "--data.length", "128", "--data.samples", "16"),
+        *("--trainer.accelerator", "gpu", "--trainer.max_epochs", "3", "--model.matmul", "highest"),
+        *("--trainer.default_root_dir", str(run_dir), *extra),
+    ]
+
+
+def test_too_little_memory_is_said_before_the_run(stories_dir: Path, tmp_path: Path) -> None:
+    """In a process that may use 1 % of the GPU: one line, and nothing left."""
+    args = fit_command(tmp_path / "run", stories_dir, Path("pydoc"), "--data.batch_size", "16", "--data.length", "512")
+    code = "import torch, runpy; torch.cuda.set_per_process_memory_fraction(0.001); "
+    code += f"import sys; sys.argv = {args[1:]!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "out of memory on cuda:0 with batches of 16 x 512 tokens" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+SPREAD = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "2")
+
+
+@two_gpus
+def test_two_gpus_learn_what_one_learns_on_the_same_global_batch(
+    tmp_path: Path, stories_dir: Path, shared_dir: Path
+) -> None:
+    text = shared_dir / "data/text/tinystories-test.jsonl"
+    for name, more in (("one", ("--data.batch_size", "4")), ("two", SPREAD)):
+        subprocess.run(fit_command(tmp_path / name, stories_dir, text, *more), check=True)
+    for mine, theirs in zip(learned(tmp_path / "one"), learned(tmp_path / "two"), strict=True):
+        for name, value in mine.items():
+            torch.testing.assert_close(theirs[name], value, rtol=1e-2, atol=1e-3)
+
+
+@two_gpus
+@pytest.mark.parametrize("whom", ["first", "other"])
+def test_a_process_that_dies_ends_the_others(tmp_path: Path, stories_dir: Path, shared_dir: Path, whom: str) -> None:
+    """NCCL's own time limit is half an hour; ours is a minute."""
+    run_dir, text = tmp_path / "run", shared_dir / "data/text/tinystories-test.jsonl"
+    args = fit_command(run_dir, stories_dir, text, *SPREAD, "--trainer.max_epochs", "5000")
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while not list((run_dir / "tensorboard").glob("events*")):
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(2)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(process.pid if whom == "first" else int(children[0]), signal.SIGKILL)
+        died = time.monotonic()
+        out, _ = process.communicate(timeout=90)
+    while alive(run_dir):
+        assert time.monotonic() - died < 60
+        time.sleep(0.1)
+    print(f"all gone after {time.monotonic() - died:.1f} s: {out[-400:]}")
+    words = ("ended with signal SIGKILL", "terminated with code -9", "the first process is gone")
+    assert any(word in out for word in words)
+
+
+@two_gpus
+def test_a_stopped_run_on_two_gpus_goes_on(tmp_path: Path, stories_dir: Path, shared_dir: Path) -> None:
+    run_dir, text = tmp_path / "run", shared_dir / "data/text/tinystories-test.jsonl"
+    args = fit_command(run_dir, stories_dir, text, *SPREAD, "--trainer.max_epochs", "100")
+    with subprocess.Popen(args, stderr=subprocess.PIPE, text=True) as process:
+        while not list((run_dir / "tensorboard").glob("events*")):
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert err.splitlines()[-1] == "ptql: stopped; the same command goes on from here"
+    again = subprocess.run(args, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "goes on from partial-" in again.stderr
+
+
+@two_gpus
+@torch.no_grad()
+def test_a_model_spread_over_two_gpus_computes_the_same(tmp_path: Path, stories_dir: Path, shared_dir: Path) -> None:
+    text = shared_dir / "data/text/tinystories-test.jsonl"
+    subprocess.run(fit_command(tmp_path / "run", stories_dir, text), check=True)
+    model = Checkpoint(tmp_path / "run/model")
+    ids = torch.arange(3, 99)[None]
+    whole = load_whole(model, torch.device("cuda", 0))(ids.cuda()).logits.cpu()
+    parted = spread(model, {0: 350_000, 1: 350_000, "cpu": 10**9})
+    assert {parameter.device.index for parameter in parted.parameters()} == {0, 1}
+    torch.testing.assert_close(parted(ids.cuda()).logits.cpu(), whole, rtol=1e-3, atol=1e-3)

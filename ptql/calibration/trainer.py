@@ -306,7 +306,7 @@ class BlockTrainer(Trainer):
         batch_size: int = 4,
         json: str | None = None,
         compare_source: bool = False,
-    ) -> None:
+    ) -> dict[str, Any]:
         """Measure a model: perplexity on texts, lm-eval tasks.
 
         Args:
@@ -328,7 +328,7 @@ class BlockTrainer(Trainer):
             )
         self.strategy.setup_environment()
         self._precision_of_products(model)
-        evaluate_run(
+        return evaluate_run(
             run,
             model.source,
             json,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ptql.checkpoint import Checkpoint
 from ptql.formats.ptql import unpack_block
+from ptql.nn import attention
 
 SHARE = 0.8  # of a device's free memory that weights may take; the rest is for activations
 FLOAT = 4  # bytes of a float32
+# The attention that perplexity is measured with: others may leave out a cap on the scores.
+_OPTIONS: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "attn_implementation": attention.NAME}
 
 
 def load_whole(model: Checkpoint, device: torch.device) -> PreTrainedModel:
@@ -21,7 +25,8 @@ def load_whole(model: Checkpoint, device: torch.device) -> PreTrainedModel:
     GPUs, then host memory, then a scratch folder on the disk, layer by layer.
     """
     if fits(model, device):
-        whole = AutoModelForCausalLM.from_pretrained(model.directory, dtype=torch.float32, local_files_only=True)
+        attention.register()
+        whole = AutoModelForCausalLM.from_pretrained(model.directory, **_OPTIONS)
         unpack_block(whole)  # once, instead of at every call
         return whole.to(device).eval()  # type: ignore[arg-type]
     return spread(model)
@@ -29,10 +34,10 @@ def load_whole(model: Checkpoint, device: torch.device) -> PreTrainedModel:
 
 def spread(model: Checkpoint, max_memory: dict[int | str, int | str] | None = None) -> PreTrainedModel:
     """The model over all devices; `max_memory` in bytes a device, as accelerate takes it, None for what is free."""
+    attention.register()
     return AutoModelForCausalLM.from_pretrained(
         model.directory,
-        dtype=torch.float32,
-        local_files_only=True,
+        **_OPTIONS,
         device_map="auto",
         max_memory=max_memory,
         offload_folder=tempfile.mkdtemp(prefix="ptql-offload-"),
