@@ -52,6 +52,7 @@ class DryRun:
         """
         began = time.monotonic()
         if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # nothing has woken the GPU yet
             torch.cuda.reset_peak_memory_stats(self.device)
         fresh = not self.run.exists()
         try:
