@@ -60,7 +60,7 @@ class BlockCheckpoint(Checkpoint, BlockCallback):
     def on_save_checkpoint(  # type: ignore[override]
         self, trainer: BlockTrainer, pl_module: BlockTask, checkpoint: dict[str, Any]
     ) -> None:
-        device = pl_module.device
+        device = trainer.strategy.root_device
         checkpoint["first_step"] = trainer.first_step
         checkpoint["random"] = torch.get_rng_state()
         checkpoint["random_gpu"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -73,7 +73,7 @@ class BlockCheckpoint(Checkpoint, BlockCallback):
             trainer.logger.forget_after(trainer.first_step + checkpoint["global_step"])
         torch.set_rng_state(checkpoint["random"])
         if checkpoint["random_gpu"] is not None:
-            torch.cuda.set_rng_state(checkpoint["random_gpu"], pl_module.device)
+            torch.cuda.set_rng_state(checkpoint["random_gpu"], trainer.strategy.root_device)
 
     def _save(self, trainer: BlockTrainer) -> None:
         began = time.monotonic()

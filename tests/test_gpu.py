@@ -107,13 +107,14 @@ def fit_command(run_dir: Path, source: Path, text: Path, *extra: str) -> list[st
 
 
 def test_too_little_memory_is_said_before_the_run(stories_dir: Path, tmp_path: Path) -> None:
-    """In a process that may use 1 % of the GPU: one line, and nothing left."""
-    args = fit_command(tmp_path / "run", stories_dir, Path("pydoc"), "--data.batch_size", "16", "--data.length", "512")
+    """In a process that may use little of the GPU: one line, and nothing left."""
+    large = ("--data.samples", "64", "--data.batch_size", "64", "--data.length", "512")
+    args = fit_command(tmp_path / "run", stories_dir, Path("pydoc"), *large)
     code = "import torch, runpy; torch.cuda.set_per_process_memory_fraction(0.001); "
     code += f"import sys; sys.argv = {args[1:]!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert "out of memory on cuda:0 with batches of 16 x 512 tokens" in done.stderr.splitlines()[-1]
+    assert "out of memory on cuda:0 with batches of 64 x 512 tokens" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 

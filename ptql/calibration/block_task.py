@@ -146,7 +146,7 @@ class BlockTask(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         terms = self.terms(batch)
         loss = torch.stack(list(terms.values())).sum()
-        self._epoch_loss += loss.detach()
+        self._epoch_loss = self._epoch_loss.to(loss.device) + loss.detach()
         self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()})
         self.log("loss/total", loss.detach(), prog_bar=True)
         return loss
@@ -193,7 +193,7 @@ class BlockTask(LightningModule):
         state = checkpoint["ptql"]
         self._best = state["best"]
         self.best_epoch, self.best_loss = state["best_epoch"], state["best_loss"]
-        self._epoch_loss = state["epoch_loss"].to(self.device)
+        self._epoch_loss = state["epoch_loss"]
         self.skipped_steps = state["skipped_steps"]
 
     def configure_optimizers(self) -> Optimizer:
