@@ -33,25 +33,32 @@ class BlockCheckpoint(Checkpoint, BlockCallback):
         self.every_seconds = every_seconds
         self.seconds = 0.0  # spent on saving, of this process
         self._saved = 0.0
+        self._log_is_clear = False  # of steps that an earlier process logged and did not save
 
     def on_train_start(self, trainer: BlockTrainer, pl_module: BlockTask) -> None:  # type: ignore[override]
         trainer.signals.take_over()  # from Lightning, which has just put its own handler in place
+        self._clear_log(trainer)
         self._saved = time.monotonic()
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: BlockTrainer, pl_module: BlockTask, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        last = batch_idx + 1 == trainer.num_training_batches
-        if not last and (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if batch_idx + 1 == trainer.num_training_batches:
+            return  # the epoch's end comes next; Lightning would leave it out of a run that goes on from here
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # gradients of part of a step are not in a checkpoint
         if trainer.ranks.any(trainer.signals.received is not None):
             self._save(trainer)
+            trainer._logger_connector.update_train_step_metrics()  # Lightning logs the step after this hook
             trainer.stop()
 
     def on_train_epoch_end(self, trainer: BlockTrainer, pl_module: BlockTask) -> None:  # type: ignore[override]
         due = trainer.is_global_zero and time.monotonic() - self._saved >= self.every_seconds
-        if trainer.ranks.any(due):
+        stop = trainer.ranks.any(trainer.signals.received is not None)
+        if trainer.ranks.any(due) or stop:
             self._save(trainer)
+        if stop:
+            trainer.stop()
 
     def on_block_end(self, trainer: BlockTrainer, record: BlockRecord) -> None:
         if trainer.is_global_zero and not record.resumed:
@@ -69,11 +76,24 @@ class BlockCheckpoint(Checkpoint, BlockCallback):
         self, trainer: BlockTrainer, pl_module: BlockTask, checkpoint: dict[str, Any]
     ) -> None:
         trainer.first_step = checkpoint["first_step"]
-        if isinstance(trainer.logger, RunLogger):
-            trainer.logger.forget_after(trainer.first_step + checkpoint["global_step"])
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.forget_after(trainer.first_step + checkpoint["global_step"])
+        self._log_is_clear = True
         torch.set_rng_state(checkpoint["random"])
         if checkpoint["random_gpu"] is not None:
             torch.cuda.set_rng_state(checkpoint["random_gpu"], trainer.strategy.root_device)
+
+    def _clear_log(self, trainer: BlockTrainer) -> None:
+        """A block that begins anew was perhaps begun before: what was logged of it then is shown no more.
+
+        Where later blocks are finished (this one's file was damaged) their curves would go, too: it is shown twice.
+        """
+        later = any(int(index) > trainer.block for index in trainer.ledger.manifest["blocks"])
+        for logger in trainer.loggers:
+            if not self._log_is_clear and not later and isinstance(logger, RunLogger):
+                logger.forget_after(trainer.steps)
+        self._log_is_clear = True
 
     def _save(self, trainer: BlockTrainer) -> None:
         began = time.monotonic()

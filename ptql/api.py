@@ -11,8 +11,8 @@ from typing import Any
 def quantize(
     source: str | Path,
     *,
-    method: str = "lrquant",
-    scheme: str = "w4a4",
+    method: str | Path = "lrquant",
+    scheme: str | Path = "w4a4",
     data: str | Path = "pydoc",
     out: str | Path = "ptql-run",
     configs: Sequence[str | Path] = (),
@@ -21,7 +21,8 @@ def quantize(
     """Quantise a model, as `ptql fit` does; called again with the same arguments, a stopped run goes on.
 
     With several devices (`settings={"trainer.devices": 2, "trainer.strategy": "ddp"}`) Lightning starts the calling
-    script once for each, so the call belongs under `if __name__ == "__main__":`.
+    script once for each, so the call belongs under `if __name__ == "__main__":`, and after an error the script must
+    end: the other processes wait for this one.
 
     Args:
         source: Model directory, or a hub id (owner/name).
@@ -39,12 +40,14 @@ def quantize(
         InputError: Something given is wrong; the text says the value, the rule and the remedy.
         RunError: Something around the run broke; the same call goes on.
         KeyboardInterrupt: Stopped by Ctrl-C; the same call goes on.
+        Stopped: Stopped by SIGTERM, a SystemExit of 143; the same call goes on.
     """
-    from ptql.calibration.stopping import Stopped
+    from ptql.calibration.stopping import Stopped, end_with_parent
     from ptql.cli import run_command
     from ptql.evaluation.evaluate import METRICS
     from ptql.evaluation.results import read_metrics
 
+    end_with_parent()  # where this is one of several processes, started by the first
     args = ["fit", "-c", _shipped("methods", method), "-c", _shipped("schemes", scheme)]
     for file in configs:
         args += ["-c", str(file)]
@@ -55,7 +58,7 @@ def quantize(
         if stop.code == 130:
             raise KeyboardInterrupt from None
         raise
-    return read_metrics(Path(out) / METRICS)
+    return read_metrics(Path(named["trainer.default_root_dir"]) / METRICS)
 
 
 def evaluate(
@@ -63,7 +66,7 @@ def evaluate(
     *,
     source: str | Path | None = None,
     text: str | Path | Mapping[str, str | Path] | None = None,
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     include_path: str | Path | None = None,
     limit: int | None = None,
     length: int | None = None,
@@ -79,7 +82,7 @@ def evaluate(
         run: A finished run, whose metrics.json and report get the results.
         source: Or a model directory or hub id.
         text: Texts for perplexity by name; one file is called by its stem.
-        tasks: Names of lm-eval tasks.
+        tasks: Names of lm-eval tasks: a list, or with commas between them.
         include_path: Folder of further lm-eval task files.
         limit: Items of each task; None for all.
         length: Tokens of a window; None for 2048, or the model's context where that is shorter.
@@ -97,14 +100,16 @@ def evaluate(
     """
     from ptql.calibration.quant_lm import QuantLM
     from ptql.calibration.trainer import BlockTrainer
+    from ptql.cli import quieten
 
+    quieten()
     trainer = BlockTrainer(accelerator=accelerator, devices=1, logger=False, enable_progress_bar=False, max_epochs=0)
     texts = {Path(text).stem: text} if isinstance(text, (str, Path)) else dict(text or {})
     return trainer.eval(
         QuantLM(source=None if source is None else str(source)),
         run=None if run is None else str(run),
         text={name: str(file) for name, file in texts.items()},
-        tasks=list(tasks),
+        tasks=tasks if isinstance(tasks, str) else list(tasks),
         include_path=None if include_path is None else str(include_path),
         limit=limit,
         length=length,
@@ -115,10 +120,10 @@ def evaluate(
     )
 
 
-def _shipped(folder: str, name: str) -> str:
-    return name if Path(name).is_file() else f"{folder}/{name}"
+def _shipped(folder: str, name: str | Path) -> str:
+    return str(name) if Path(name).is_file() else f"{folder}/{name}"
 
 
 def _written(value: Any) -> str:
     """A value as on the command line: text as it is, everything else as JSON, which YAML includes."""
-    return str(value) if isinstance(value, (str, Path)) else json.dumps(value)
+    return str(value) if isinstance(value, (str, Path)) else json.dumps(value, default=str)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import warnings
 from importlib.resources import files
@@ -12,7 +11,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ptql.calibration.stopping import Stopped, end_with_parent
-from ptql.errors import InputError, RunError
+from ptql.disk import put_text
+from ptql.errors import InputError, RunError, one_line
+from ptql.parse_errors import check_sections, plain_message, told_as_input
 
 CONFIGS = "ptql.configs"
 
@@ -27,10 +28,10 @@ def main(args: list[str] | None = None) -> int:
     try:
         run_command(sys.argv[1:] if args is None else args)
     except InputError as error:
-        print(f"ptql: error: {error}", file=sys.stderr)
+        print(f"ptql: error: {one_line(error)}", file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"ptql: error: {error}", file=sys.stderr)
+        print(f"ptql: error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return _stopped(130)
@@ -67,7 +68,8 @@ def run_command(args: list[str]) -> None:
             return None
 
         def on_model_start(self, trainer: BlockTrainer, model: QuantLM) -> None:
-            self.parser.save(self.config, trainer.run_dir / "config.yaml", overwrite=True)
+            if trainer.is_global_zero:
+                put_text(trainer.run_dir / "config.yaml", self.parser.dump(self.config))  # files that it named, too
 
     class CLI(LightningCLI):
         def init_parser(self, **kwargs: Any) -> Parser:
@@ -80,24 +82,23 @@ def run_command(args: list[str]) -> None:
         def subcommands() -> dict[str, set[str]]:
             return {"fit": {"model", "datamodule"}, "eval": {"model", "datamodule"}}
 
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            with told_as_input():
+                super().parse_arguments(parser, args)
+            check_sections(self.config)
+
+        def _set_seed(self) -> None:
+            with told_as_input():
+                super()._set_seed()
+
         def instantiate_classes(self) -> None:
-            try:
+            with told_as_input():
                 super().instantiate_classes()
-            except ValueError as error:  # jsonargparse wraps what the constructor of a part says
-                cause: BaseException | None = error
-                while cause is not None and not isinstance(cause, InputError):
-                    cause = cause.__cause__ or cause.__context__
-                raise cause or error from None
 
         def _parse_ckpt_path(self) -> None:
             """Runs continue from their ledger, so there is no checkpoint whose settings could be merged in."""
 
-    for chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message="LightningCLI.s args parameter")  # main(args) is how tests call it
-    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode.*")  # on purpose
-    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    quieten()
     CLI(
         QuantLM,
         CalibrationData,
@@ -119,18 +120,16 @@ def run_command(args: list[str]) -> None:
     )
 
 
-def plain_message(message: str) -> str:
-    """What jsonargparse says of a wrong option, on one line and the value first where it can be told."""
-    remedy = "; correct it, --help lists the options"
-    text = " ".join(str(message).split()).replace(remedy, "")  # an inner parser has added it already
-    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-    if found := re.search(r"""Parser key "([^"]+)": Expected a <class '(\w+)'>\. Got value: (.*)$""", text):
-        key, kind, value = found.groups()
-        text = f"{key}={value}: {kinds.get(kind, kind)} is needed"
-    elif found := re.search(r'Parser key "([^"]+)": Does not validate .*? Errors: - (.*?) Given value type: ', text):
-        reasons = found[2].replace(" - Expected a <class 'NoneType'>", "")
-        text = f"{found[1]}={text.rpartition(' Given value: ')[2]}: {reasons}"
-    return text + remedy
+def quieten() -> None:
+    """Leave out what Lightning says of itself, and its advice for trainings of another kind."""
+    for chatty in ("pytorch.utilities.rank_zero", "pytorch.accelerators.cuda", "fabric.utilities.seed"):
+        logging.getLogger(f"lightning.{chatty}").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="LightningCLI.s args parameter")  # main(args) is how tests call it
+    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode.*")  # on purpose
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="No seed found.*")
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match.*")  # DDP, as Lightning
 
 
 def with_shipped_configs(args: list[str]) -> list[str]:
@@ -148,13 +147,18 @@ def with_shipped_configs(args: list[str]) -> list[str]:
 
 
 def _config_file(name: str) -> str:
-    if Path(name).is_file():
+    if _is_file(name):
+        try:
+            Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else f"byte {error.start} is not UTF-8"
+            raise InputError(f"{name}: can't be read ({reason}); give a readable configuration file") from error
         return name
     short = name.removeprefix("configs/").removesuffix(".yaml")
     try:
         shipped = files(CONFIGS)
-        if (path := shipped.joinpath(f"{short}.yaml")).is_file():
-            return str(path)
+        if _is_file(path := str(shipped.joinpath(f"{short}.yaml"))):
+            return path
         known = sorted(
             f"{folder.name}/{file.name.removesuffix('.yaml')}"
             for folder in shipped.iterdir()
@@ -165,6 +169,13 @@ def _config_file(name: str) -> str:
     except ModuleNotFoundError:
         known = []
     raise InputError(f"{name}: no such configuration file; a path, or one of the shipped: {', '.join(known)}")
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a zero byte
+        return False
 
 
 if __name__ == "__main__":

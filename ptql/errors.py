@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+LONGEST = 1000  # characters of a line; what is longer is a value that was pasted in by mistake
+
 
 class InputError(ValueError):
     """Bad input. The text says the value, the rule it breaks and the remedy; the command line exits with 2."""
@@ -9,3 +13,18 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """Something around the run broke: what was finished is whole, and the same command goes on; exits with 1."""
+
+
+def check_number(name: str, value: Any, low: int | float, high: int | float, rule: str) -> None:
+    """Raise `InputError` with value and rule unless `value` is a number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:  # nan is not, too
+        raise InputError(f"{name}={value}: {rule}")
+
+
+def one_line(text: object) -> str:
+    """A text as one line of a terminal: what can't be shown is escaped, the middle of a very long one left out."""
+    line = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    if len(line) <= LONGEST:
+        return line
+    return f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"

@@ -33,7 +33,8 @@ class IntScheme:
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "weight")
-        if self.group_size != -1 and self.group_size < 1:
+        whole = isinstance(self.group_size, int) and not isinstance(self.group_size, bool)
+        if not whole or (self.group_size != -1 and self.group_size < 1):
             raise InputError(
                 f"group_size={self.group_size}: a group holds at least 1 column; use -1 for one scale a row"
             )

@@ -16,36 +16,29 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from ptql.calibration.trainer import BlockTrainer
 from ptql.cli import main, with_shipped_configs
-from tests.models import VOCABULARY, llama_config, random_model, save
+from ptql.errors import InputError, one_line
+from tests.words import save_source, save_text
 
 ROOT = Path(__file__).parents[1]
 PTQL = Path(sys.executable).with_name("ptql")
 RTN = ("-c", "methods/rtn", "-c", "schemes/w4a16", "--trainer.accelerator", "cpu")
 SMALL = ("--data.length", "16", "--data.samples", "3", "--data.batch_size", "2")
+LEARNS = "-c methods/lrquant --trainer.max_epochs 1"
+RUN_FILES = ["config.yaml", "ledger", "metrics.json", "model", "report.html", "tensorboard"]
 Fit = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model whose tokenizer knows the words w0 to w63."""
-    directory = save(random_model(llama_config()), tmp_path_factory.mktemp("source") / "model")
-    words = Tokenizer(models.WordLevel({f"w{k}": k for k in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(directory)
-    return directory
+    return save_source(tmp_path_factory.mktemp("source") / "model")
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    ids = torch.randint(1, VOCABULARY, (600,), generator=torch.Generator().manual_seed(0)).tolist()
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(f"w{k}" for k in ids))
-    return path
+    return save_text(tmp_path_factory.mktemp("text") / "words.txt")
 
 
 @pytest.fixture(autouse=True)
@@ -144,21 +137,72 @@ def copied(source: Path, directory: Path, pattern: str = "*") -> Path:
         ("--data.batch_size 4", "batch_size=4", "1 to 3", "--data.batch_size 3"),
         ("--data.text nope.txt", "nope.txt", "No such file", "give a readable file"),
         ("--data.lenth 16", "--data.lenth 16", "unrecognized", "--help"),
-        ("--trainer.devices=2", "devices=2", "one device", "leave --trainer.devices at 1"),
+        ("--trainer.devices=2 --trainer.strategy ddp_spawn", "strategy=ddp_spawn", "anew for every block", "=ddp"),
+        ("--trainer.devices=2 --trainer.strategy ddp_fork", "ddp_fork", "anew for every block", "or torchrun"),
+        ("--trainer.strategy nope", "strategy=nope", "invalid strategy name", "--trainer.*"),
+        ("--trainer.devices=4", "samples=3", "each of the 4 processes needs one", "--data.samples 4"),
+        ("--trainer.devices=1000000000", "devices=1000000000", "at most 1,024 processes", "as many as there are"),
+        ("--trainer.devices x", "devices=x", "CPUAccelerator", "--trainer.*"),
+        ("--trainer.num_nodes 2", "num_nodes=2", "nothing starts the processes", "torchrun"),
         ("--trainer.accelerator warp", "accelerator=warp", "invalid accelerator", "--trainer.*"),
         ("--trainer.max_epochs=-1", "max_epochs=-1", "same number of epochs", "--trainer.max_epochs N"),
-        ("--trainer.max_epochs=-5", "-5", "non-negative", "correct --trainer.*"),
-        ("--trainer.max_steps 3", "max_steps=3", "same number of epochs", "without max_steps"),
-        ("--trainer.fast_dev_run true", "max_steps=1", "same number of epochs", "without max_steps and fast_dev_run"),
+        ("--trainer.max_epochs 10001", "max_epochs=10001", "from 0 to 10,000", "--trainer.max_epochs N"),
+        ("--trainer.max_epochs null", "max_epochs=None", "same number of epochs", "--trainer.max_epochs N"),
+        ("--trainer.max_steps 3", "max_steps=3", "same number of epochs", "--trainer.max_epochs N"),
+        ("--trainer.min_epochs 1", "min_epochs=1", "same number of epochs", "--trainer.max_epochs N"),
+        ("--trainer.max_time 00:01:00:00", "max_time=00:01:00:00", "same number of epochs", "--trainer.max_epochs N"),
+        ("--trainer.limit_train_batches 0", "limit_train_batches=0", "every epoch sees all", "--data.samples N"),
+        ("--trainer.overfit_batches 1", "overfit_batches=1", "every epoch sees all windows", "--data.samples N"),
+        ("--trainer.val_check_interval 5", "val_check_interval=5", "a block has no validation", "leave it out"),
+        ("--trainer.barebones true", "barebones=True", "what a run is kept by", "leave it out"),
+        ("--trainer.sync_batchnorm true", "sync_batchnorm=True", "no batch norms", "leave it out"),
+        ("--trainer.plugins LightningEnvironment", "plugins=", "options of their own", "leave it out"),
+        (
+            "--trainer.reload_dataloaders_every_n_epochs 1",
+            "reload_dataloaders_every_n_epochs=1",
+            "stay",
+            "leave it out",
+        ),
+        ("--trainer.use_distributed_sampler true", "use_distributed_sampler=True", "spread over", "leave it out"),
+        ("--trainer.model_registry x", "model_registry=x", "not uploaded", "leave it out"),
+        ("--trainer.accumulate_grad_batches 0", "accumulate_grad_batches=0", "1 batch or more", "leave it out"),
+        ("--trainer.accumulate_grad_batches 3", "accumulate_grad_batches=3", "2 batches", "--data.batch_size"),
+        ("--trainer.gradient_clip_val .nan", "gradient_clip_val=nan", "0 or more", "leave it out"),
+        ("--trainer.gradient_clip_algorithm x", "gradient_clip_algorithm", "invalid", "--trainer.*"),
+        (
+            "--trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor x",
+            "EarlyStopping",
+            "one fit",
+            "leave it out",
+        ),
+        ("--trainer.logger nope", "nope", "Expected", "--help"),
+        (
+            "--trainer.logger CSVLogger --trainer.logger.save_dir words/x",
+            "save_dir=words/x",
+            "can't be",
+            "give another",
+        ),
+        ("--trainer.logger WandbLogger", "wandb", "pip install", "correct"),
+        ("--trainer.precision bf16-true", "precision=bf16-true", "are float32", "bf16-mixed"),
+        (f"{LEARNS} --model.optimizer torch.optim.LBFGS", "optimizer", "can't learn a block", "--model.optimizer"),
+        (f"{LEARNS} --model.optimizer torch.optim.SparseAdam", "SparseAdam", "dense gradients", "--model.optimizer"),
+        ("--model.optimizer os.system", "model.optimizer", "returns <class 'Optimizer'>", "os.system; correct it"),
+        ("--model.optimizer AdamW --model.optimizer.eps=-1", "optimizer", "Invalid epsilon", "--model.optimizer"),
+        ("--data.samples 1000000000", "samples=1000000000", "hidden states need", "smaller --data.samples"),
+        ("--model 3", "model", "3", "correct"),
+        ("--model.weight null", "model.weight", "'null'", "correct it"),
         ("--trainer.precision 7", "trainer.precision=7", "bf16-mixed", "--help"),
         ("-c methods/lrquat", "methods/lrquat", "no such configuration file", "schemes/w4a4"),
         ("--config=methods/lrquat", "methods/lrquat", "no such configuration file", "methods/lrquant"),
         ("--trainer.default_root_dir /proc/nope", "/proc/nope", "can't be written", "--trainer.default_root_dir"),
+        ("--trainer.default_root_dir s3://a/b", "s3://a/b", "a local directory", "--trainer.default_root_dir"),
+        ("--trainer.default_root_dir=", "default_root_dir=''", "needs a directory", "--trainer.default_root_dir"),
     ],
 )
 def test_a_wrong_value_is_refused(
     fit: Fit, refused: Callable[[list[str]], str], wrong: str, value: str, rule: str, remedy: str
 ) -> None:
+    Path("words").touch()
     args = [part.replace("\0", " ") for part in wrong.replace("\\ ", "\0").split()]
     line = refused(fit(*args))
     assert value in line
@@ -193,8 +237,16 @@ def test_a_gpu_that_is_not_there(fit: Fit, refused: Callable[[list[str]], str]) 
         ),
         (
             "model: {weight_quantizer: {class_path: ptql.parts.weights.Affine, init_args: {lr: -1.0}}}",
-            ["lr=-1.0: a learning rate is above 0", "clip: false"],
+            ["lr=-1.0: a learning rate is at most 10 and above 0", "clip: false"],
         ),
+        (
+            "model: {objective: {class_path: ptql.parts.objectives.Reconstruction, init_args: {mse: .nan}}}",
+            ["mse=nan, nlc=", "weights of losses are 0 or more, 1e+06 at most", "take mse: 1"],
+        ),
+        ("model:", ["Unexpected config: model:"]),
+        ("model: {weight: null}", ["model.weight=None: a section holds settings by name", "correct or remove it"]),
+        ("model: {weight: []}", ["model.weight=[]: a section holds settings by name", "correct or remove it"]),
+        ("!!python/object/apply:os.system [touch hacked]", ["tag", "os.system"]),
         ("model: [", ["flow node"]),
     ],
 )
@@ -324,7 +376,10 @@ def test_a_directory_with_files_of_something_else(fit: Fit, refused: Callable[[l
 
 def test_a_file_where_the_run_should_be(fit: Fit, refused: Callable[[list[str]], str]) -> None:
     Path("RUN").write_text("mine")
-    assert "RUN: can't be written to (Not a directory)" in refused(fit())
+    assert "RUN: not a directory, so it can't be written to" in refused(fit())
+    assert "RUN/deeper: can't be written to (Not a directory)" in refused(
+        fit("--trainer.default_root_dir", "RUN/deeper")
+    )
 
 
 def test_files_of_another_name_do_no_harm(fit: Fit) -> None:
@@ -394,7 +449,7 @@ def test_fit_and_eval(fit: Fit, text: Path, source: Path, capfd: pytest.CaptureF
 
 def test_tasks_are_given_with_commas_or_as_a_list(monkeypatch: pytest.MonkeyPatch, finished: Path) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("ptql.calibration.trainer.evaluate", lambda *_, tasks, **__: asked.append(tasks))
+    monkeypatch.setattr("ptql.calibration.trainer.evaluate_run", lambda *given: asked.append(given[-1].tasks) or {})
     for tasks in ("piqa", "piqa,arc_easy", "[piqa, arc_easy]"):
         assert main(["eval", "--run", "RUN", "--tasks", tasks]) == 0
     assert main(["eval", "--run", "RUN"]) == 0
@@ -480,10 +535,38 @@ def test_the_installed_command(fit: Fit, tmp_path: Path) -> None:
 def test_the_command_of_a_checkout(fit: Fit, tmp_path: Path) -> None:
     done = process(sys.executable, ROOT / "cli.py", *fit())
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("RUN/model: ")
+    assert [line.partition(": ")[0] for line in done.stdout.splitlines()] == ["ptql", "RUN/model"]
+    assert "dry run: one batch through one block, written and read again" in done.stdout
     lines = done.stderr.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["block 1/2", "block 2/2"], lines
-    assert sorted(os.listdir("RUN")) == ["config.yaml", "ledger", "metrics.json", "model"]
+    assert sorted(os.listdir("RUN")) == RUN_FILES
+
+
+def test_a_dry_run_ends_well_and_leaves_nothing(fit: Fit, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(tmp_path)
+    for given in ("true", "1"):
+        for directory in ("RUN", "some/where/RUN"):
+            args = fit("--trainer.fast_dev_run", given, "--trainer.default_root_dir", directory)
+            assert main([*args, "-c", "methods/lrquant"]) == 0
+            out, err = capfd.readouterr()
+            assert out.startswith("ptql: dry run: one batch through one block, written and read again, in ")
+            assert (out.count("\n"), err) == (1, "")
+            assert snapshot(tmp_path) == before
+
+
+def test_a_dry_run_in_a_finished_run_changes_nothing(fit: Fit, finished: Path, tmp_path: Path) -> None:
+    before = snapshot(tmp_path)
+    assert main(fit("--trainer.fast_dev_run", "true")) == 0
+    assert snapshot(tmp_path) == before
+
+
+def test_two_processes(fit: Fit) -> None:
+    done = process(PTQL, *fit("-c", "methods/lrquant", "--trainer.max_epochs", "1", "--trainer.devices", "2"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("dry run") == 1
+    assert done.stdout.count("3 samples do not divide by 2 processes: the last 1 are left out") == 1
+    assert sorted(os.listdir("RUN")) == RUN_FILES
+    assert json.loads(Path("RUN/metrics.json").read_text())["fit"]["processes"] == 2
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
@@ -498,26 +581,47 @@ def test_a_signal_while_a_block_learns(fit: Fit, name: str, code: int) -> None:
         running.send_signal(getattr(signal, name))
         _, err = running.communicate(timeout=60)
     assert running.returncode == code
-    assert err.splitlines()[-1] == "ptql: stopped; the same command goes on after the last finished block"
+    assert err.splitlines()[-1] == "ptql: stopped; the same command goes on from here"
     assert "Traceback" not in err
     assert not Path("RUN/model").exists()
     manifest = json.loads(Path("RUN/ledger/manifest.json").read_text())
     assert manifest["blocks"] == {}
+    (partial,) = Path("RUN/ledger").glob("partial*")
+    assert partial.name.startswith("partial-00000-")
 
 
 def test_a_signal_outside_of_learning_is_told_apart_from_other_exits(
     fit: Fit, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+    def signalled(number: signal.Signals) -> Callable[..., None]:
+        return lambda *_, **__: os.kill(os.getpid(), number)
 
     def ended(*_: Any, **__: Any) -> None:
         raise SystemExit(7)
 
-    monkeypatch.setattr(BlockTrainer, "_start", interrupted)
-    assert main(fit()) == 130
-    assert "ptql: stopped; the same command goes on" in capfd.readouterr().err
-    monkeypatch.setattr(BlockTrainer, "_start", ended)
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        monkeypatch.setattr(BlockTrainer, "_streams", signalled(number))
+        assert main(fit()) == code
+        assert capfd.readouterr().err == "ptql: stopped; the same command goes on from here\n"
+    monkeypatch.setattr(BlockTrainer, "_streams", ended)
     with pytest.raises(SystemExit) as stop:
         main(fit())
     assert stop.value.code == 7
+    monkeypatch.undo()
+    assert main(fit()) == 0
+
+
+def test_a_bug_shows(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("ours")
+
+    monkeypatch.setattr(BlockTrainer, "_streams", broken)
+    with pytest.raises(ValueError, match="ours") as found:
+        main(fit())
+    assert not isinstance(found.value, InputError)
+
+
+def test_a_line_is_one_line_whatever_a_value_holds() -> None:
+    assert one_line("a\nb \t c") == "a b c"
+    assert one_line("a\0b\x1b[1m\u202e\udcff") == r"a\x00b\x1b[1m\u202e\udcff"
+    assert len(one_line("x" * 10**6)) < 1100

@@ -21,6 +21,7 @@ from ptql.parts.weights import Affine
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml"))
 SCHEMES = sorted(path.stem for path in (CONFIGS / "schemes").glob("*.yaml"))
+STRATEGIES = sorted(path.stem for path in (CONFIGS / "strategies").glob("*.yaml"))
 OTHERS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 SMOOTHED = {"omniquant", "lrquant", "lrquant_tokens"}
 CPU = ("--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
@@ -144,3 +145,18 @@ def test_files_of_data_and_trainer(build: Any, name: str, capfd: pytest.CaptureF
     model, data, _ = build("methods/lrquant", "schemes/w3a16g64", name)
     assert (model.weight.bits, model.weight.group_size) == (3, 64)
     assert data.batch_size <= data.samples
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategies_are_parsed_with_any_recipe(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    path = CONFIGS / "strategies" / f"{name}.yaml"
+    assert f"-c strategies/{name} " in path.read_text().splitlines()[0]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "-c", "methods/lrquant", "-c", "schemes/w4a4", "-c", f"strategies/{name}", "--print_config"])
+    assert stop.value.code == 0
+    holds(yaml.safe_load(capfd.readouterr().out), yaml.safe_load(path.read_text()))
+
+
+def test_one_process_on_each_device_of_a_host(build: Any) -> None:
+    _, _, trainer = build("methods/rtn", "schemes/w4a16", "strategies/ddp")
+    assert type(trainer.strategy).__name__ == "DDPStrategy"

@@ -35,8 +35,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         first, self._first = self._first, 0
-        for self._given in range(first + 1, len(self) + 1):
-            start = (self._given - 1) * self.batch_size
+        for index in range(first, len(self)):
+            self._given, start = index + 1, index * self.batch_size
             yield {name: tensor[start : start + self.batch_size] for name, tensor in self.tensors.items()}
 
     def state_dict(self) -> dict[str, int]:

@@ -52,6 +52,8 @@ class BlockTask(LightningModule):
         self.objective = objective
         self._optimizer = optimizer
         self._dense = dense
+        self.seed: int | None = None
+        """Of random numbers while learning; None leaves them as they are."""
         self.skipped_steps = 0
         self.best_epoch: int | None = None
         self.best_loss = float("inf")
@@ -150,6 +152,10 @@ class BlockTask(LightningModule):
         self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()})
         self.log("loss/total", loss.detach(), prog_bar=True)
         return loss
+
+    def on_train_start(self) -> None:
+        if self.seed is not None:  # here, since Lightning sets its own for each fit
+            torch.manual_seed(self.seed)
 
     def on_train_epoch_start(self) -> None:
         self._epoch_loss = torch.zeros((), device=self.device)

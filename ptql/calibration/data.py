@@ -69,12 +69,16 @@ class CalibrationData(LightningDataModule):
         Raises:
             InputError: If a window is longer than the context or the text, or one of these can't be read.
         """
-        if context is not None and self.length > context:
-            rule = f"a window is at most the model's context of {context} tokens"
-            raise InputError(f"length={self.length}: {rule}; use --data.length {context}")
+        self.check_length(context)
         tokenizer = load_tokenizer(tokenizer_directory)
         first = bos_token(tokenizer, bos)
         return cached_windows(tokenizer, self._content, self.samples, self.length, self.seed, first)
+
+    def check_length(self, context: int | None) -> None:
+        """Raise `InputError` if a window is longer than the model's context."""
+        if context is not None and self.length > context:
+            rule = f"a window is at most the model's context of {context} tokens"
+            raise InputError(f"length={self.length}: {rule}; use --data.length {context}")
 
     def identity(self) -> dict[str, str | int]:
         """Everything but the tokenizer that decides the batches, for a run's fingerprint; reads the text."""

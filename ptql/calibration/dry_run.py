@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,13 +56,14 @@ class DryRun:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # nothing has woken the GPU yet
             torch.cuda.reset_peak_memory_stats(self.device)
-        fresh = not self.run.exists()
+        fresh = [folder for folder in (self.run, *self.run.parents) if not os.path.exists(folder)]
         try:
             self.run.mkdir(parents=True, exist_ok=True)
             for left in self.run.glob(".dry-run-*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             scratch = Path(tempfile.mkdtemp(prefix=".dry-run-", dir=self.run))
         except OSError as error:
+            _remove_empty(fresh)
             raise InputError(
                 f"{self.run}: can't be written to ({error.strerror}); give another --trainer.default_root_dir"
             ) from error
@@ -70,8 +73,7 @@ class DryRun:
             self._check_room(source, stored)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-            if fresh and not any(self.run.iterdir()):
-                self.run.rmdir()
+            _remove_empty(fresh)
         line = f"dry run: one batch through one block, written and read again, in {time.monotonic() - began:.1f} s"
         if self.device.type == "cuda":
             line += f", at most {torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB on the GPU"
@@ -99,12 +101,14 @@ class DryRun:
         return _bytes(record)
 
     def _one_step(self, task: BlockTask, streams: Streams) -> None:
-        optimizer = task.configure_optimizers()
+        with _told_of_optimizer():
+            optimizer = task.configure_optimizers()
         batch = next(iter(streams.batches()))
         with self.step:
             loss = torch.stack(list(task.terms({k: v.to(self.device) for k, v in batch.items()}).values())).sum()
         loss.backward()
-        optimizer.step()
+        with _told_of_optimizer():
+            optimizer.step()
         task.load_learnables(task.initial)
 
     def _check_loading(
@@ -131,6 +135,27 @@ class DryRun:
                 f"{self.run}: {free / 1e9:.2f} GB are free where about {needed / 1e9:.2f} GB are needed; make room, or "
                 "give another --trainer.default_root_dir"
             )
+
+
+@contextmanager
+def _told_of_optimizer() -> Iterator[None]:
+    """Optimisers say in many ways that they can't: of shapes, dense gradients, closures, numbers too large."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InputError(
+            f"optimizer: it can't learn a block ({' '.join(str(error).split())}); correct --model.optimizer, or leave "
+            "it out for AdamW"
+        ) from error
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove the folders, inner ones first, up to the first one that holds something."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _bytes(record: BlockRecord) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def finish_block(
         best = {name: value.clone() for name, value in task.learnables().items()}
         task.load_learnables(task.initial)
         start, start_output = _candidate(task, streams, layout)
-        if learned.summary["loss"] <= start.summary["loss"]:  # false for nan, too
+        if math.isfinite(learned.summary["loss"]) and not learned.summary["loss"] > start.summary["loss"]:
             task.load_learnables(best)
             kept = learned
         else:

@@ -156,8 +156,13 @@ class Ledger:
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        if found.get("version") == VERSION:
+            for index, block in found["blocks"].items():
+                assert int(index) >= 0
+                assert isinstance(block["sha256"], str)
+        return found
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise InputError(f"{path}: damaged ({error}); remove {path.parent.parent} and start anew") from None
 
 

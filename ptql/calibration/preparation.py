@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ptql.calibration.data import CalibrationData
 from ptql.calibration.dry_run import DryRun
 from ptql.calibration.ledger import Ledger
+from ptql.calibration.memory import host_bytes
 from ptql.calibration.quant_lm import QuantLM
+from ptql.calibration.run_logger import RunLogger
 from ptql.checkpoint import Checkpoint
 from ptql.errors import InputError
 from ptql.formats.ptql import PackedFormat
@@ -50,6 +54,71 @@ class Plan:
         return Ledger(run, self.identity)
 
 
+def check_nodes(trainer: BlockTrainer) -> None:
+    """Refuse several machines where nothing starts the processes on the others: this one would wait for ever."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if trainer.num_nodes > 1 and not (environment and environment.creates_processes_externally):
+        raise InputError(
+            f"num_nodes={trainer.num_nodes}: nothing starts the processes of other machines; start them with torchrun "
+            "or a cluster's scheduler, or leave --trainer.num_nodes at 1"
+        )
+
+
+def check_optimizer(model: QuantLM) -> None:
+    """Refuse what makes no optimiser; whether it can learn a block, the dry run tells."""
+    try:
+        made = model.optimizer([nn.Parameter(torch.zeros(1))])
+    except Exception as error:  # whatever the constructor of any optimiser says of its arguments
+        raise InputError(f"optimizer: {' '.join(str(error).split())}; correct --model.optimizer") from error
+    if not isinstance(made, Optimizer):
+        raise InputError(f"optimizer={made}: not an optimiser; give a class as torch.optim.AdamW to --model.optimizer")
+
+
+def check_directory(run: Path) -> None:
+    """Refuse a file where the run's directory should be."""
+    if os.path.exists(run) and not os.path.isdir(run):  # pathlib's raise where a folder can't be looked into
+        raise InputError(f"{run}: not a directory, so it can't be written to; give another --trainer.default_root_dir")
+    if any(run.glob("hpc_ckpt*")):  # Lightning would go on from it in every block
+        raise InputError(f"{run}: holds a checkpoint of another training (hpc_ckpt…); remove it")
+
+
+def check_loggers(trainer: BlockTrainer) -> None:
+    """Refuse a logger whose files can't be written; the run's own directory is tried by the dry run."""
+    for logger in trainer.loggers:
+        if isinstance(logger, RunLogger) or logger.save_dir is None:
+            continue
+        path = Path(logger.save_dir).absolute()
+        there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+        if not os.path.isdir(there) or not os.access(there, os.W_OK):
+            raise InputError(
+                f"logger {type(logger).__name__}: save_dir={logger.save_dir} can't be written to; give another save_dir"
+            )
+
+
+def check_memory(trainer: BlockTrainer, data: CalibrationData, hidden: int) -> None:
+    """Refuse hidden states that fit nowhere; four streams of them exist at a time, float32."""
+    device, total = trainer.strategy.root_device, host_bytes()
+    if total is None:
+        return
+    if device.type == "cuda":
+        total += torch.cuda.get_device_properties(device).total_memory
+    needed = 4 * 4 * data.samples * data.length * hidden // trainer.world_size
+    if needed > total:
+        raise InputError(
+            f"samples={data.samples}, length={data.length}: their hidden states need {needed / 1e9:,.0f} GB, and the "
+            f"machine has {total / 1e9:,.0f} GB; use a smaller --data.samples or --data.length"
+        )
+
+
+def check_accumulation(trainer: BlockTrainer, batches: int) -> None:
+    """Refuse steps of more batches than an epoch has."""
+    if trainer.accumulate_grad_batches > batches:
+        raise InputError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches}: an epoch has {batches} batches; leave "
+            "--trainer.accumulate_grad_batches at 1, or use a smaller --data.batch_size"
+        )
+
+
 def check_strategy(strategy: Strategy) -> None:
     """Refuse strategies that can't calibrate: a block fits on one device, so only samples are spread."""
     if isinstance(strategy, SingleDeviceStrategy):
@@ -69,6 +138,11 @@ def check_strategy(strategy: Strategy) -> None:
 def prepare(trainer: BlockTrainer, model: QuantLM, data: CalibrationData) -> Plan:
     """Check all that was given, and try one block; the first process does what is needed once."""
     source = model.open()
+    check_optimizer(model)
+    check_directory(trainer.run_dir)
+    check_loggers(trainer)
+    data.check_length(source.context)
+    check_memory(trainer, data, source.config.hidden_size)
     stored_as = model.packed_format(source, model.added_biases(source.block(0), source))
     windows = data.windows(source.directory, source.context, source.family.bos)
     processes = trainer.world_size
@@ -79,15 +153,22 @@ def prepare(trainer: BlockTrainer, model: QuantLM, data: CalibrationData) -> Pla
     used = len(windows) // processes * processes
     dropped = None
     if used < len(windows):
-        dropped = f"{len(windows)} samples do not divide by {processes} processes: the last {len(windows) - used} are left out"
+        rest = f"the last {len(windows) - used} are left out"
+        dropped = f"{len(windows)} samples do not divide by {processes} processes: {rest}"
+    check_accumulation(trainer, -(-used // processes // data.batch_size))
     identity = _identity(trainer, model, data, source, windows)
-    plan = Plan(source, stored_as, windows[:used], data.batch_size, identity, torch.initial_seed() % 2**31, dropped)
+    plan = Plan(source, stored_as, windows[:used], data.batch_size, identity, _seed(), dropped)
     if trainer.is_global_zero:
         if dropped is not None:
             print(f"ptql: {dropped}")
         if trainer.dry_run_only or not plan.ledger(trainer.run_dir).manifest["blocks"]:
             _dry_run(trainer, model, plan)
     return plan
+
+
+def _seed() -> int:
+    """Lightning's seed; a fixed one without it, or no run could go on."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "2"))
 
 
 def _dry_run(trainer: BlockTrainer, model: QuantLM, plan: Plan) -> None:
@@ -111,7 +192,7 @@ def _identity(
         "max_epochs": trainer.max_epochs,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip": [trainer.gradient_clip_val, trainer.gradient_clip_algorithm],
-        "limit_train_batches": trainer.limit_train_batches,
         "precision": f"{trainer.precision}, matmul {model.matmul}",
         "processes": trainer.world_size,
+        "seed": _seed(),
     }

@@ -9,7 +9,7 @@ import threading
 import time
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM sends the last one before its time is up
 PARENT = "PTQL_FIRST_PROCESS"
 
 
@@ -25,7 +25,7 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """Context manager: the run's own handling of SIGINT and SIGTERM.
+    """Context manager: the run's own handling of SIGINT, SIGTERM and SIGUSR1.
 
     While a block learns (`learning` is True) a signal is only noted, and the loop ends after the step. Elsewhere,
     and at the second signal, `Stopped` is raised at once: nothing is lost but the work since the last save.

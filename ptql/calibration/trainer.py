@@ -12,24 +12,26 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from ptql.calibration.activations import Streams
 from ptql.calibration.block_task import BlockTask
 from ptql.calibration.data import CalibrationData
 from ptql.calibration.finish import finish_block
-from ptql.calibration.ledger import BlockRecord, Ledger
-from ptql.calibration.partial import Partial
+from ptql.calibration.ledger import FOLDER, MANIFEST, BlockRecord, Ledger
 from ptql.calibration.memory import give_back_memory, peak_host_bytes
 from ptql.calibration.outcome import fit_metrics
-from ptql.calibration.preparation import Plan, check_strategy, prepare
+from ptql.calibration.partial import LocalCheckpointIO, Partial
+from ptql.calibration.preparation import Plan, check_nodes, check_strategy, prepare
 from ptql.calibration.quant_lm import QuantLM
 from ptql.calibration.ranks import Ranks
 from ptql.calibration.run_logger import RunLogger
 from ptql.calibration.stopping import Stopped, StopSignals, tell_children, told_children
+from ptql.calibration.trainer_options import check_options
 from ptql.callbacks import BlockCallback, BlockCheckpoint, BlockPlots, BlockProgress
 from ptql.disk import told_if_full
 from ptql.errors import InputError, RunError
@@ -55,24 +57,25 @@ class BlockTrainer(Trainer):
     partial: Partial
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_options(kwargs)
         self.dry_run_only = bool(kwargs.pop("fast_dev_run", False))  # Lightning's own would end each block's fit
+        kwargs["use_distributed_sampler"] = False  # windows are spread already
         kwargs["callbacks"] = with_usual_callbacks(
             kwargs.get("callbacks"),
             progress=kwargs.get("enable_progress_bar") is not False,
             checkpoints=kwargs.pop("enable_checkpointing", None) is not False,
         )
+        if SLURMEnvironment.detect():  # its own checkpoint would be loaded into every block; ours is in the ledger
+            kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]
         try:
             super().__init__(*args, **kwargs)
-        except (MisconfigurationException, ValueError) as error:
-            given = f"accelerator={kwargs.get('accelerator', 'auto')}, devices={kwargs.get('devices', 'auto')}"
+        except Exception as error:  # of many types: MisconfigurationException, ModuleNotFoundError, KeyError ...
+            given = ", ".join(f"{name}={kwargs.get(name, 'auto')}" for name in ("accelerator", "devices", "strategy"))
             reason = " ".join(str(error).split())
             raise InputError(f"trainer ({given}): {reason}; correct --trainer.*, `ptql fit --help` lists it") from error
-        if self.max_steps != -1 or self.max_epochs is None or self.max_epochs < 0:
-            raise InputError(
-                f"max_epochs={self.max_epochs}, max_steps={self.max_steps}: every block learns for the same number "
-                "of epochs; use --trainer.max_epochs N, 0 or more, without max_steps"
-            )
         check_strategy(self.strategy)
+        check_nodes(self)
+        self.strategy.checkpoint_io = LocalCheckpointIO()
         self.ranks, self.signals = Ranks(), StopSignals()
         self._first_step, self._ended_together = 0, False
         if kwargs.get("logger") in (None, True):
@@ -154,8 +157,10 @@ class BlockTrainer(Trainer):
         for index in range(self.num_blocks):
             self.block = index
             found = self.ledger.read(index) if index in finished else None
-            if not self.ranks.all(found is not None):  # a process that can't read it, and all do it again
-                found = None
+            if index in finished and found is None:
+                raise RunError(
+                    f"block {index} in {self.ledger.folder} was changed while the run went on; start it again"
+                )
             if streams is None or (found is not None and index > todo[-1]):
                 assert found is not None
                 record = found
@@ -179,13 +184,19 @@ class BlockTrainer(Trainer):
             self.ledger = plan.ledger(self.run_dir)
             self.ledger.start()
         self.strategy.barrier("ledger")
+        if not self.ranks.all((self.run_dir / FOLDER / MANIFEST).is_file()):
+            raise InputError(
+                f"{self.run_dir}: not the same directory for all processes; give a --trainer.default_root_dir that all "
+                "machines share"
+            )
         if not self.is_global_zero:
             self.ledger = plan.ledger(self.run_dir)
         self.partial = Partial(self.ledger.folder)
-        finished = self.strategy.broadcast(self.ledger.finished(damaged.append) if self.is_global_zero else set())
+        here = self.ledger.finished(damaged.append)
+        everywhere = self.ranks.smallest(torch.tensor([float(index in here) for index in range(self.num_blocks)]))
         for path in damaged:
             self._say(f"{path}: missing or not what was written (checksum); this block is done again")
-        return finished
+        return {index for index, whole in enumerate(everywhere.tolist()) if whole}
 
     def _streams(self, model: QuantLM, plan: Plan) -> Streams:
         windows = self.ranks.share(plan.windows)
@@ -199,6 +210,11 @@ class BlockTrainer(Trainer):
             torch.cuda.reset_peak_memory_stats(device)
         block = source.block(self.block, device)
         ranges = streams.teach(block, source.layout, () if found else model.objective.targets)
+        if not self.ranks.all(bool(streams.fp.isfinite().all())):
+            raise InputError(
+                f"{source.directory}: block {self.block} gives numbers that are not finite; its weights are damaged: "
+                "fetch the model again"
+            )
         task = model.block_task(self.block, model.student(block, source), source, ranges, streams)
         if found is not None:
             stored = {name: tensor.to(device) for name, tensor in found.stored.items()}
@@ -225,10 +241,12 @@ class BlockTrainer(Trainer):
 
     def _learn(self, task: BlockTask, streams: Streams, seed: int) -> None:
         """One ordinary Lightning fit; steps and the logger's axis go on counting from block to block."""
-        torch.manual_seed(seed + self.block)  # a block's random numbers depend on no other block
         checkpoint = self._partial_checkpoint()
-        if checkpoint is None:
+        if checkpoint is None:  # a block depends on no other block's epochs, random numbers and overflows
             self.fit_loop.epoch_progress.reset()
+            task.seed = seed + self.block
+            if isinstance(self.precision_plugin, MixedPrecision) and self.precision_plugin.scaler is not None:
+                self.precision_plugin.scaler = torch.amp.GradScaler(self.strategy.root_device.type)
         else:
             self._say(f"block {self.block + 1}/{self.num_blocks}: goes on from {checkpoint.name}")
         self.signals.learning = True
@@ -260,8 +278,9 @@ class BlockTrainer(Trainer):
     @first_step.setter
     def first_step(self, steps: int) -> None:
         self._first_step = steps
-        if isinstance(self.logger, RunLogger):
-            self.logger.first_step = steps
+        for logger in self.loggers:
+            if isinstance(logger, RunLogger):
+                logger.first_step = steps
 
     @property
     def steps(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from typing import Any
 
 import torch
@@ -35,13 +36,16 @@ def load_whole(model: Checkpoint, device: torch.device) -> PreTrainedModel:
 def spread(model: Checkpoint, max_memory: dict[int | str, int | str] | None = None) -> PreTrainedModel:
     """The model over all devices; `max_memory` in bytes a device, as accelerate takes it, None for what is free."""
     attention.register()
-    return AutoModelForCausalLM.from_pretrained(
+    folder = tempfile.TemporaryDirectory(prefix="ptql-offload-")
+    parted = AutoModelForCausalLM.from_pretrained(
         model.directory,
         **_OPTIONS,
         device_map="auto",
         max_memory=max_memory,
-        offload_folder=tempfile.mkdtemp(prefix="ptql-offload-"),
+        offload_folder=folder.name,
     ).eval()
+    weakref.finalize(parted, folder.cleanup)
+    return parted
 
 
 def fits(model: Checkpoint, device: torch.device) -> bool:

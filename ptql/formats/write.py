@@ -13,6 +13,7 @@ from torch import Tensor
 from ptql.calibration.ledger import Ledger
 from ptql.checkpoint import INDEX, SINGLE, Checkpoint
 from ptql.disk import put, put_text, save_tensors
+from ptql.errors import RunError
 from ptql.formats.ptql import PackedFormat
 
 SHARD_BYTES = 1 << 28  # what is held in memory while writing
@@ -65,7 +66,7 @@ def _tensors(source: Checkpoint, ledger: Ledger, blocks: int | None) -> Iterator
     for index in range(source.num_blocks if blocks is None else blocks):
         block = ledger.read(index)
         if block is None:
-            raise RuntimeError(f"block {index} is missing or damaged in {ledger.folder}; run the same command again")
+            raise RunError(f"block {index} is missing or damaged in {ledger.folder}; run the same command again")
         for name, tensor in block.stored.items():
             yield f"{source.family.blocks}.{index}.{name}", tensor
     if blocks is None:

@@ -36,10 +36,11 @@ from ptql.calibration.tokens import consecutive_windows, load_tokenizer, tokeniz
 from ptql.calibration.trainer import BlockTrainer
 from ptql.checkpoint import SINGLE, Checkpoint
 from ptql.cli import main
+from ptql.errors import InputError
 from ptql.parts.transforms import Smooth
 from ptql.parts.weights import Affine
 from ptql.recipe import ActivationScheme, IntScheme
-from tests.models import VOCABULARY, llama_config, opt_config, random_model, save, some_ids
+from tests.models import VOCABULARY, blocks_of, llama_config, opt_config, random_model, save, some_ids
 
 PTQL = Path(sys.executable).with_name("ptql")
 BLOCKS, SAMPLES, EPOCHS, BATCHES = 5, 10, 8, 3  # the last batch of 4 holds 2
@@ -569,3 +570,94 @@ def test_sigterm_at_the_very_end_of_a_block_is_not_lost(tokenizer: Any, words: P
     assert blocks_noted(tmp_path / "run") == []
     by_hand(tokenizer, words, tmp_path / "run")
     assert (tmp_path / "run/model/config.json").is_file()
+
+
+class SignalAt(Callback):
+    """SIGTERM during one step of the first block."""
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        self.at = epoch, batch
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.block == 0 and (trainer.current_epoch, batch_idx) == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_stop_at_any_step_changes_nothing(tokenizer: Any, words: Path, tmp_path: Path, accumulate: int) -> None:
+    """The last step of an epoch and of a block are places of their own: Lightning leaves hooks out there."""
+    source = tmp_path / "source"
+    tokenizer.save_pretrained(save(random_model(llama_config()), source))
+
+    def fit(run: Path, *callbacks: Callback) -> None:
+        trainer = BlockTrainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=3,
+            accumulate_grad_batches=accumulate,
+            default_root_dir=run,
+            callbacks=list(callbacks),
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        model = QuantLM(source=str(source), weight=IntScheme(2, -1), weight_quantizer=Affine(lr=0.2))
+        trainer.fit(model, CalibrationData(str(words), samples=6, length=16, batch_size=2))
+
+    fit(tmp_path / "clean")
+    (first, *_) = blocks_noted(tmp_path / "clean")
+    assert first["fell_back"] is False
+    assert first["best_epoch"] == 2  # each epoch's end counts
+    for epoch in range(3):
+        for batch in range(3):
+            run = tmp_path / f"stopped-{epoch}-{batch}"
+            with pytest.raises(Stopped):
+                fit(run, SignalAt(epoch, batch))
+            assert len(list((run / "ledger").glob("partial-00000-*.ckpt"))) == 1
+            fit(run)
+            assert blocks_noted(run)[0]["best_epoch"] == 2, (epoch, batch)
+            assert files(run / "model") == files(tmp_path / "clean/model"), (epoch, batch)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_callback_whose_state_can_not_be_read_back_is_told_of(tokenizer: Any, words: Path, tmp_path: Path) -> None:
+    class Odd(SignalAt):
+        def state_dict(self) -> dict[str, Any]:
+            return {"where": tmp_path}
+
+    with pytest.raises(InputError, match="the state of one can't be read back"):
+        by_hand(tokenizer, words, tmp_path / "run", Odd(0, 0))
+    assert not list((tmp_path / "run/ledger").glob("partial*"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_numbers_that_are_not_finite_in_a_later_block_end_the_run(tokenizer: Any, words: Path, tmp_path: Path) -> None:
+    model = random_model(llama_config())
+    blocks_of(model)[1].get_submodule("mlp.down_proj").weight.data[3, 5] = float("nan")
+    source = tmp_path / "source"
+    tokenizer.save_pretrained(save(model, source))
+    with pytest.raises(InputError, match="block 1 gives numbers that are not finite"):
+        by_hand(tokenizer, words, tmp_path / "run")
+    assert not (tmp_path / "run/model").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_another_seed_is_another_run(
+    tokenizer: Any, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    by_hand(tokenizer, words, tmp_path / "run")
+    monkeypatch.setenv("PL_GLOBAL_SEED", "6")
+    with pytest.raises(InputError, match="seed was 5 and is 6 now"):
+        by_hand(tokenizer, words, tmp_path / "run")
+
+
+@pytest.mark.shared
+def test_the_configuration_that_is_kept_holds_the_files_it_named(stories_dir: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("bits: 5\ngroup_size: 32\n")
+    run = tmp_path / "run"
+    more = ("--model.weight", str(tmp_path / "config.yaml"))
+    assert main(arguments(run, stories_dir, text, "rtn", "w4a16", *more)) == 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["weight"]["group_size"] == 32
+    assert main(["fit", "-c", str(run / "config.yaml")]) == 0

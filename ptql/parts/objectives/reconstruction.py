@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from ptql.functional.losses import mean_squared_error, negative_log_cosine, rela
 from ptql.parts.objectives.base import Objective, Target, Targets
 
 LOSSES = {"mse": mean_squared_error, "nlc": negative_log_cosine, "rse": relative_squared_error}
+HEAVIEST = 1e6
 
 
 class Reconstruction(Objective):
@@ -27,12 +29,15 @@ class Reconstruction(Objective):
     def __init__(
         self, mse: float = 1.0, nlc: float = 1.0, rse: float = 0.0, targets: Sequence[Target] = ("fp",)
     ) -> None:
-        if min(mse, nlc, rse) < 0 or mse + nlc + rse == 0:
+        weights = (mse, nlc, rse)
+        if not all(isinstance(w, (int, float)) and 0 <= w <= HEAVIEST for w in weights) or sum(weights) == 0:
             raise InputError(
-                f"mse={mse}, nlc={nlc}, rse={rse}: weights of losses are 0 or more, and one is above 0; take mse: 1"
+                f"mse={mse}, nlc={nlc}, rse={rse}: weights of losses are 0 or more, {HEAVIEST:g} at most, and one is "
+                "above 0; take mse: 1"
             )
-        if not targets:
-            raise InputError("targets=[]: an objective needs a target; take [fp]")
+        if isinstance(targets, str) or not targets or any(target not in get_args(Target) for target in targets):
+            named = ", ".join(get_args(Target))
+            raise InputError(f"targets={targets}: an objective has a list of targets, of {named}; take [fp]")
         self.mse = mse
         self.nlc = nlc
         self.rse = rse

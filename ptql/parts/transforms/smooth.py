@@ -13,9 +13,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ptql.errors import InputError
+from ptql.errors import InputError, check_number
 from ptql.families import AttentionSites, BlockLayout, NormSite, Rows
 from ptql.functional import smoothing
+from ptql.parts import check_learning_rate
 from ptql.parts.transforms.base import AddedBiases, BlockFacts, Transform, TransformState, Weights
 from ptql.recipe import ActivationScheme, IntScheme
 
@@ -58,12 +59,10 @@ class Smooth(Transform):
         ):
             if value not in get_args(kind):
                 raise InputError(f"{name}={value!r}: one of {', '.join(get_args(kind))} is needed; see the docs")
-        if isinstance(sites, str) or not set(sites) <= set(get_args(Site)):
+        if not isinstance(sites, Sequence) or isinstance(sites, str) or any(s not in get_args(Site) for s in sites):
             raise InputError(f"sites={sites!r}: a list of {', '.join(get_args(Site))} is needed; leave out for all")
-        if not 0 <= alpha <= 1:
-            raise InputError(f"alpha={alpha}: the activations' share is between 0 and 1; 0.5 is usual")
-        if not lr > 0:
-            raise InputError(f"lr={lr}: a learning rate is above 0; take `transforms: []` to smooth nothing")
+        check_number("alpha", alpha, 0, 1, "the activations' share is between 0 and 1; 0.5 is usual")
+        check_learning_rate(lr, "take `transforms: []` to smooth nothing")
         self.initial: Initial = initial
         self.alpha = alpha
         self.shift: Shift = shift

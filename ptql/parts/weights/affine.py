@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ptql.errors import InputError
+from ptql.errors import check_number
 from ptql.functional import affine
 from ptql.nn.packed_linear import dense_from_packed, packed_tensors
+from ptql.parts import check_learning_rate
 from ptql.parts.weights.base import LinearQuantizer, WeightQuantizer
 from ptql.recipe import IntScheme
+
+MOST = 100  # far beyond where a sigmoid in float32 is 0 or 1, and nothing moves it
 
 
 class Affine(WeightQuantizer):
@@ -22,8 +25,8 @@ class Affine(WeightQuantizer):
     """
 
     def __init__(self, clip: bool = True, initial: float = 4.0, lr: float = 1e-2) -> None:
-        if not lr > 0:
-            raise InputError(f"lr={lr}: a learning rate is above 0; take `clip: false` to learn no clipping")
+        check_learning_rate(lr, "take `clip: false` to learn no clipping")
+        check_number("initial", initial, -MOST, MOST, f"a logit lies between -{MOST} and {MOST}; 4.0 is usual")
         self.clip = clip
         self.initial = initial
         self.lr = lr
