@@ -20,6 +20,8 @@ def told_as_input() -> Iterator[None]:
     or the constructor of any class that a configuration names. The run itself is not in here: bugs show."""
     try:
         yield
+    except (NameError, AssertionError):
+        raise  # no input makes these: a bug
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, InputError):

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ptql.calibration.ranks import Ranks
 from ptql.disk import put, put_text, save_tensors, sha256
 from ptql.errors import InputError
 
@@ -152,6 +154,28 @@ class Ledger:
 
     def _write_manifest(self) -> None:
         put_text(self.folder / MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
+
+
+def shared_ledger(
+    run: Path, identity: dict[str, Any], ranks: Ranks, blocks: int
+) -> tuple[Ledger, set[int], list[Path]]:
+    """The ledger that a process has started, as all processes see it.
+
+    Returns:
+        The ledger, the blocks whose files every process can read, and those that this one found damaged.
+
+    Raises:
+        InputError: The directory is not the same for all of them.
+    """
+    if not ranks.all((run / FOLDER / MANIFEST).is_file()):
+        raise InputError(
+            f"{run}: not the same directory for all processes; give a --trainer.default_root_dir that all see"
+        )
+    damaged: list[Path] = []
+    ledger = Ledger(run, identity)
+    here = ledger.finished(damaged.append)
+    everywhere = ranks.smallest(torch.tensor([float(index in here) for index in range(blocks)]))
+    return ledger, {index for index, whole in enumerate(everywhere.tolist()) if whole}, damaged
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import threading
 import time
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM sends the last one before its time is up
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+if hasattr(signal, "SIGUSR1"):  # not on Windows; SLURM sends it before a job's time is up
+    SIGNALS += (signal.SIGUSR1,)
 PARENT = "PTQL_FIRST_PROCESS"
 
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from ptql.calibration.activations import Streams
 from ptql.calibration.block_task import BlockTask
+from ptql.calibration.breakdowns import told_in_one_line
 from ptql.calibration.data import CalibrationData
 from ptql.calibration.finish import finish_block
-from ptql.calibration.ledger import FOLDER, MANIFEST, BlockRecord, Ledger
+from ptql.calibration.ledger import BlockRecord, Ledger, shared_ledger
 from ptql.calibration.memory import give_back_memory, peak_host_bytes
 from ptql.calibration.outcome import fit_metrics
 from ptql.calibration.partial import LocalCheckpointIO, Partial
@@ -32,8 +29,8 @@ from ptql.calibration.ranks import Ranks
 from ptql.calibration.run_logger import RunLogger
 from ptql.calibration.stopping import Stopped, StopSignals, tell_children, told_children
 from ptql.calibration.trainer_options import check_options
-from ptql.callbacks import BlockCallback, BlockCheckpoint, BlockPlots, BlockProgress
-from ptql.disk import told_if_full
+from ptql.calibration.usual_callbacks import with_usual_callbacks
+from ptql.callbacks import BlockCallback
 from ptql.errors import InputError, RunError
 from ptql.evaluation.evaluate import METRICS, MODEL, Measurement, evaluate_run
 from ptql.evaluation.report import REPORT, write_report
@@ -93,7 +90,7 @@ class BlockTrainer(Trainer):
         self._precision_of_products(model)
         launcher = self.strategy.launcher
         try:
-            with self._told_in_one_line(datamodule), StopSignals(self.is_global_zero) as self.signals:
+            with told_in_one_line(self, datamodule), StopSignals(self.is_global_zero) as self.signals:
                 plan = prepare(self, model, datamodule)
                 if self.dry_run_only:
                     return
@@ -109,40 +106,6 @@ class BlockTrainer(Trainer):
             if isinstance(launcher, _SubprocessScriptLauncher) and not self._ended_together:
                 launcher.kill(signal.SIGKILL)  # they would wait for this process for half an hour
                 launcher.procs.clear()  # or Lightning's watch over them ends this process, too
-
-    @contextmanager
-    def _told_in_one_line(self, datamodule: CalibrationData) -> Iterator[None]:
-        """What the machine did, not the code, in a line that says how to go on."""
-        try:
-            with told_if_full(self.run_dir):
-                yield
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"out of memory on {self.strategy.root_device} with batches of {datamodule.batch_size} x "
-                f"{datamodule.length} tokens ({str(error).partition('. ')[0]}); use a smaller --data.batch_size or "
-                "--data.length, or --trainer.precision bf16-mixed"
-            ) from error
-        except RuntimeError as error:
-            if (ended := self._process_that_ended()) is None:
-                raise
-            raise RunError(
-                f"{ended}, so all of them end; what it said stands above, and the same command goes on from what "
-                "was saved"
-            ) from error
-
-    def _process_that_ended(self, patience_seconds: float = 3.0) -> str | None:
-        """Of the processes that this one started, one that failed: why messages between them fail."""
-        until = time.monotonic() + patience_seconds
-        while self.world_size > 1 and isinstance(self.strategy.launcher, _SubprocessScriptLauncher):
-            for rank, process in enumerate(self.strategy.launcher.procs, start=1):
-                if code := process.poll():
-                    return f"process {rank} of {self.world_size} ended with " + (
-                        f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-                    )
-            if time.monotonic() > until:
-                break
-            time.sleep(0.1)
-        return None
 
     def _fit_blocks(self, model: QuantLM, plan: Plan) -> None:
         began = time.monotonic()
@@ -179,24 +142,14 @@ class BlockTrainer(Trainer):
 
     def _open_ledger(self, plan: Plan) -> set[int]:
         """The blocks that are finished; the first process claims the directory before the others look at it."""
-        damaged: list[Path] = []
         if self.is_global_zero:
-            self.ledger = plan.ledger(self.run_dir)
-            self.ledger.start()
+            plan.ledger(self.run_dir).start()
         self.strategy.barrier("ledger")
-        if not self.ranks.all((self.run_dir / FOLDER / MANIFEST).is_file()):
-            raise InputError(
-                f"{self.run_dir}: not the same directory for all processes; give a --trainer.default_root_dir that all "
-                "machines share"
-            )
-        if not self.is_global_zero:
-            self.ledger = plan.ledger(self.run_dir)
+        self.ledger, finished, damaged = shared_ledger(self.run_dir, plan.identity, self.ranks, self.num_blocks)
         self.partial = Partial(self.ledger.folder)
-        here = self.ledger.finished(damaged.append)
-        everywhere = self.ranks.smallest(torch.tensor([float(index in here) for index in range(self.num_blocks)]))
         for path in damaged:
             self._say(f"{path}: missing or not what was written (checksum); this block is done again")
-        return {index for index, whole in enumerate(everywhere.tolist()) if whole}
+        return finished
 
     def _streams(self, model: QuantLM, plan: Plan) -> Streams:
         windows = self.ranks.share(plan.windows)
@@ -367,15 +320,3 @@ class BlockTrainer(Trainer):
     def _precision_of_products(self, model: QuantLM) -> None:
         if self.strategy.root_device.type == "cuda":
             torch.set_float32_matmul_precision(model.matmul)
-
-
-def with_usual_callbacks(given: Callback | list[Callback] | None, progress: bool, checkpoints: bool) -> list[Callback]:
-    """The given callbacks and, of those that belong to every run, the ones that are not among them.
-
-    Without `checkpoints` a block is saved only when a signal ends the run in its middle.
-    """
-    callbacks = [given] if isinstance(given, Callback) else list(given or [])
-    usual = [BlockCheckpoint() if checkpoints else BlockCheckpoint(every_seconds=math.inf), BlockPlots()]
-    if progress:
-        usual.insert(0, BlockProgress())
-    return callbacks + [own for own in usual if not any(isinstance(callback, type(own)) for callback in callbacks)]

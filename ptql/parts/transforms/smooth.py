@@ -122,8 +122,10 @@ class Smooth(Transform):
 
     def _norm_shift(self, site: NormSite, facts: BlockFacts) -> Tensor | None:
         middle = facts.ranges[site.consumers[-1]].middle
+        if self.shift == "none" or any(f"{name}.bias" not in facts.weights for name in site.consumers):
+            return None  # a shift goes into the consumers' biases
         if site.has_bias:
-            return None if self.shift == "none" else middle.clone()
+            return middle.clone()
         return torch.zeros_like(middle) if self.shift == "all" else None
 
     def _value_shift(self, facts: BlockFacts) -> Tensor | None:
