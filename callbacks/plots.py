@@ -143,7 +143,7 @@ def _sites(task: BlockTask) -> Iterator[tuple[str, str]]:
     """What is smoothed, by the path of the module that does it."""
     for path, module in task.named_modules():
         if path.startswith("transforms.") and (site := getattr(module, "site", None)) is not None:
-            yield path, getattr(site, "name", type(module).__name__)
+            yield path, getattr(module, "name", None) or getattr(site, "name", type(module).__name__)
 
 
 def _finite(values: Tensor) -> Tensor:

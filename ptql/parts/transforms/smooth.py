@@ -186,6 +186,8 @@ class SmoothNorm(TransformState):
 class SmoothValue(TransformState):
     """v divided by `scale` and shifted by `shift`, each [kv_heads * head_dim], and the output projection."""
 
+    name = "out"
+
     def __init__(self, site: AttentionSites, scale: Tensor, shift: Tensor | None) -> None:
         super().__init__()
         self.site = site
@@ -208,6 +210,8 @@ class SmoothQueryKey(TransformState):
         tied: Leading channels of each head that are tied in pairs; 0 for none.
     """
 
+    name = "qkt"
+
     def __init__(self, site: AttentionSites, tied: int) -> None:
         super().__init__()
         self.site = site
@@ -227,6 +231,8 @@ class SmoothHeadNorms(TransformState):
 
     The norms' weights take the scale, [head_dim] for all heads, less where RoPE ties pairs.
     """
+
+    name = "qkt"
 
     def __init__(self, site: AttentionSites, tied: int) -> None:
         super().__init__()
