@@ -599,16 +599,17 @@ def test_a_signal_outside_of_learning_is_told_apart_from_other_exits(
     def ended(*_: Any, **__: Any) -> None:
         raise SystemExit(7)
 
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        monkeypatch.setattr(BlockTrainer, "_streams", signalled(number))
-        assert main(fit()) == code
-        assert capfd.readouterr().err == "ptql: stopped; the same command goes on from here\n"
-    monkeypatch.setattr(BlockTrainer, "_streams", ended)
-    with pytest.raises(SystemExit) as stop:
-        main(fit())
+    with monkeypatch.context() as patched:
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            patched.setattr(BlockTrainer, "_streams", signalled(number))
+            assert main(fit()) == code
+            assert capfd.readouterr().err == "ptql: stopped; the same command goes on from here\n"
+        patched.setattr(BlockTrainer, "_streams", ended)
+        with pytest.raises(SystemExit) as stop:
+            main(fit())
     assert stop.value.code == 7
-    monkeypatch.undo()
     assert main(fit()) == 0
+    assert sorted(os.listdir("RUN")) == RUN_FILES
 
 
 def test_a_bug_shows(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ SCALARS: list[Any] = [
 ]
 CONTAINERS: list[Any] = [[], {}, [[]], [None], ["a", "b"], [1, 2], {"a": 1}, [{}], {"class_path": "x"}]
 CONTAINERS += [{"class_path": None}, {"init_args": {}}, {"class_path": "torch.nn.ReLU", "init_args": {"x": 1}}]
-NAMES = ["wieght", "", " ", "ü", "a.b", "__class__", "class_path", "init_args", "dict_kwargs", "config", "self", "0"]
+NAMES = ["wieght", "", " ", "ü", "a.b", "__class__", "class_path", "init_args", "dict_kwargs", "self", "0"]
 CLASSES = ["nope.Nope", "ptql.parts.transforms.Smoot", "torch.nn.Linear", "os.system", "builtins.int", "", ".", "ptql"]
 CLASSES += ["ptql.parts.weights.Affine", "ptql.parts.transforms.Transform", "ptql.parts.objectives.Reconstruction"]
 CLASSES += ["Smooth", "ptql.parts.transforms.smooth.SmoothBlock", "torch.optim.LBFGS", "lightning.pytorch.Trainer"]
