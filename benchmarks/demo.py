@@ -54,9 +54,11 @@ def quantise(method: str, out: Path) -> float:
 
 
 def measure(*model: str, json_file: Path) -> dict:
+    """What `eval` finds; of a run it goes to the run's own metrics.json and report."""
+    elsewhere = () if "--run" in model else ("--json", str(json_file))
     ptql_command(
         *("eval", *model, "--text.pydoc", "pydoc", "--length", str(LENGTH), "--windows", str(WINDOWS)),
-        *("--trainer.accelerator", "cpu", "--json", str(json_file)),
+        *("--trainer.accelerator", "cpu", *elsewhere),
     )
     return json.loads(json_file.read_text(encoding="utf-8"))
 

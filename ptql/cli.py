@@ -49,7 +49,7 @@ def _stopped(code: int) -> int:
 def run_command(args: list[str]) -> None:
     """Run a command; what `main` turns into exit codes is raised."""
     args = with_shipped_configs(args)
-    # Imported here: --help of a typo should not take the seconds that Lightning and transformers need.
+    # Imported here: a wrong -c need not wait for Lightning.
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from ptql.calibration.data import CalibrationData
@@ -109,11 +109,10 @@ def run_command(args: list[str]) -> None:
             "enable_model_summary": False,
             "log_every_n_steps": 10,
             "max_epochs": 20,
-            "use_distributed_sampler": False,
+            "use_distributed_sampler": False,  # Lightning's own default is refused, as any value that changes nothing
         },
         seed_everything_default=2,
         save_config_callback=SaveRunConfig,
-        save_config_kwargs={"overwrite": True, "save_to_log_dir": True},
         auto_configure_optimizers=False,
         parser_kwargs={"prog": "ptql"},
         args=args,

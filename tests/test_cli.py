@@ -397,6 +397,8 @@ def test_files_of_another_name_do_no_harm(fit: Fit) -> None:
     [
         ("", ["--run RUN or --model.source DIR"]),
         ("--run RUN --model.source RUN/model", ["either --run RUN or --model.source DIR"]),
+        ("--run RUN --data.text other.txt", ["data: these are the windows to calibrate on", "--text.NAME FILE"]),
+        ("--run RUN --model.weight.bits 2", ["model: eval measures a model as it is stored", "--run RUN alone"]),
         ("--run none", ["none: no finished model in this run", "let `ptql fit` end first"]),
         ("--run RUN --tasks nope", ["tasks=nope: no such task in lm-eval", "correct the name, or give --include_path"]),
         ("--run RUN --tasks piqa --include_path none", ["include_path=none: not a folder"]),

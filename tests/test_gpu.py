@@ -160,7 +160,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path, stories_dir: Path, 
 @two_gpus
 def test_a_stopped_run_on_two_gpus_goes_on(tmp_path: Path, stories_dir: Path, shared_dir: Path) -> None:
     run_dir, text = tmp_path / "run", shared_dir / "data/text/tinystories-test.jsonl"
-    args = fit_command(run_dir, stories_dir, text, *SPREAD, "--trainer.max_epochs", "100")
+    args = fit_command(run_dir, stories_dir, text, *SPREAD, "--trainer.max_epochs", "30")
     with subprocess.Popen(args, stderr=subprocess.PIPE, text=True) as process:
         while not list((run_dir / "tensorboard").glob("events*")):
             assert process.poll() is None

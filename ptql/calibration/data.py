@@ -80,6 +80,10 @@ class CalibrationData(LightningDataModule):
             rule = f"a window is at most the model's context of {context} tokens"
             raise InputError(f"length={self.length}: {rule}; use --data.length {context}")
 
+    def settings(self) -> tuple[str | int, ...]:
+        """What was given, in the order of the arguments."""
+        return self.text, self.samples, self.length, self.batch_size, self.seed, self.rows
+
     def identity(self) -> dict[str, str | int]:
         """Everything but the tokenizer that decides the batches, for a run's fingerprint; reads the text."""
         return {

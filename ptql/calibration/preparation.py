@@ -1,4 +1,4 @@
-"""Everything that is checked before a run begins: what fails here fails in seconds, and leaves nothing behind."""
+"""What is checked before a run begins, beside options by themselves: what fails here leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -116,6 +116,16 @@ def check_accumulation(trainer: BlockTrainer, batches: int) -> None:
         raise InputError(
             f"accumulate_grad_batches={trainer.accumulate_grad_batches}: an epoch has {batches} batches; leave "
             "--trainer.accumulate_grad_batches at 1, or use a smaller --data.batch_size"
+        )
+
+
+def check_eval_options(model: QuantLM, data: CalibrationData | None) -> None:
+    """Refuse what `eval` does not read: it measures a model as it is stored, on texts of its own."""
+    if data is not None and data.settings() != CalibrationData().settings():
+        raise InputError("data: these are the windows to calibrate on; eval takes texts as --text.NAME FILE")
+    if model.identity() != QuantLM().identity():
+        raise InputError(
+            "model: eval measures a model as it is stored, whatever the recipe; give --model.source, or --run RUN alone"
         )
 
 

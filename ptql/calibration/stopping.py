@@ -71,7 +71,7 @@ def tell_children() -> None:
     os.environ[PARENT] = str(os.getpid())
 
 
-def told_children() -> None:
+def tell_children_no_more() -> None:
     """Processes that are started from now on are no part of the run."""
     os.environ.pop(PARENT, None)
 

@@ -23,11 +23,11 @@ from ptql.calibration.ledger import BlockRecord, Ledger, shared_ledger
 from ptql.calibration.memory import give_back_memory, peak_host_bytes
 from ptql.calibration.outcome import fit_metrics
 from ptql.calibration.partial import LocalCheckpointIO, Partial
-from ptql.calibration.preparation import Plan, check_nodes, check_strategy, prepare
+from ptql.calibration.preparation import Plan, check_eval_options, check_nodes, check_strategy, prepare
 from ptql.calibration.quant_lm import QuantLM
 from ptql.calibration.ranks import Ranks
 from ptql.calibration.run_logger import RunLogger
-from ptql.calibration.stopping import Stopped, StopSignals, tell_children, told_children
+from ptql.calibration.stopping import Stopped, StopSignals, tell_children, tell_children_no_more
 from ptql.calibration.trainer_options import check_options
 from ptql.calibration.usual_callbacks import with_usual_callbacks
 from ptql.callbacks import BlockCallback
@@ -109,14 +109,14 @@ class BlockTrainer(Trainer):
 
     def _fit_blocks(self, model: QuantLM, plan: Plan) -> None:
         began = time.monotonic()
-        told_children()
+        tell_children_no_more()
         self.strategy.setup_environment()
         self.ranks = Ranks(self.global_rank, self.world_size, self.strategy.root_device)
         self.num_blocks = plan.source.num_blocks
         finished = self._open_ledger(plan)
         self._notify("on_model_start", model)
         todo = [index for index in range(self.num_blocks) if index not in finished]
-        streams = self._streams(model, plan) if todo else None
+        streams = self._streams(plan) if todo else None
         for index in range(self.num_blocks):
             self.block = index
             found = self.ledger.read(index) if index in finished else None
@@ -135,7 +135,7 @@ class BlockTrainer(Trainer):
             give_back_memory()
         if self.is_global_zero:
             write_model(plan.source, plan.stored_as, self.ledger, self.run_dir / MODEL)
-            self._record(model, plan, time.monotonic() - began)
+            self._write_results(model, plan, time.monotonic() - began)
         self._notify("on_model_end", model)
         self.strategy.barrier("end")
         self._ended_together = True
@@ -151,7 +151,7 @@ class BlockTrainer(Trainer):
             self._say(f"{path}: missing or not what was written (checksum); this block is done again")
         return finished
 
-    def _streams(self, model: QuantLM, plan: Plan) -> Streams:
+    def _streams(self, plan: Plan) -> Streams:
         windows = self.ranks.share(plan.windows)
         return Streams(plan.source.shell(), windows, plan.batch_size, self.strategy.root_device, self.ranks)
 
@@ -168,7 +168,8 @@ class BlockTrainer(Trainer):
                 f"{source.directory}: block {self.block} gives numbers that are not finite; its weights are damaged: "
                 "fetch the model again"
             )
-        task = model.block_task(self.block, model.student(block, source), source, ranges, streams)
+        student = model.student(block, source)  # the same module, changed in place
+        task = model.block_task(self.block, student, source, ranges, streams)
         if found is not None:
             stored = {name: tensor.to(device) for name, tensor in found.stored.items()}
             streams.advance(streams.output(task.student, task.decode(stored)))
@@ -242,7 +243,7 @@ class BlockTrainer(Trainer):
 
     # The end
 
-    def _record(self, model: QuantLM, plan: Plan, seconds: float) -> None:
+    def _write_results(self, model: QuantLM, plan: Plan, seconds: float) -> None:
         size = model_size(self.run_dir / MODEL, plan.source)
         fit = fit_metrics(self, model, plan, seconds)
         merge_metrics(self.run_dir / METRICS, {**size, "fit": fit})
@@ -298,6 +299,7 @@ class BlockTrainer(Trainer):
                 f"devices={self.world_size}: eval is one process, and spreads a model that needs it over all GPUs by "
                 "itself; leave --trainer.devices at 1"
             )
+        check_eval_options(model, datamodule)
         self.strategy.setup_environment()
         self._precision_of_products(model)
         return evaluate_run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import PretrainedConfig
 
@@ -13,14 +14,14 @@ class NormSite:
     """A norm and the linear layers that read its output.
 
     Args:
-        name: The originals' name of the pair, also that of the learnables.
+        name: The originals' name of the pair, by which a recipe's `sites` choose it.
         norm: Module name of the norm, relative to the block.
         consumers: Module names of the linear layers; the last one is where the originals take statistics from.
         has_bias: Whether the norm has a bias of its own (LayerNorm) or needs one added to be shifted (RMSNorm).
         offset: The norm multiplies by `offset + weight`: 1 for Gemma, whose weights are stored around zero.
     """
 
-    name: str
+    name: Literal["qkv", "fc1"]
     norm: str
     consumers: tuple[str, ...]
     has_bias: bool

@@ -12,7 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from ptql.calibration.stopping import PARENT, Stopped, StopSignals, end_with_parent, tell_children, told_children
+from ptql.calibration.stopping import (
+    PARENT,
+    Stopped,
+    StopSignals,
+    end_with_parent,
+    tell_children,
+    tell_children_no_more,
+)
 
 ROOT = Path(__file__).parents[2]
 BOTH = [signal.SIGINT, signal.SIGTERM]
@@ -113,7 +120,7 @@ def test_who_is_to_be_watched_is_told_by_the_environment(monkeypatch: pytest.Mon
     end_with_parent()  # the first process itself
     assert threading.active_count() == threads
     tell_children()
-    told_children()
+    tell_children_no_more()
     assert PARENT not in os.environ
 
 

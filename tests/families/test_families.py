@@ -42,6 +42,13 @@ def test_a_gemma_that_looks_ahead_is_refused(name: str) -> None:
         family_of(config.model_type).layout(config)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_norms_are_named_as_recipes_choose_them(name: str) -> None:
+    """A name of its own would leave a norm unsmoothed without a word."""
+    config = CONFIGS[name]
+    assert [site.name for site in family_of(config.model_type).layout(config).norms] in ([], ["qkv", "fc1"])
+
+
 def test_only_gemmas_need_a_first_token() -> None:
     assert {name for name, family in FAMILIES.items() if family.bos} == {"gemma2", "gemma3_text"}
 
