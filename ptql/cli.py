@@ -19,7 +19,7 @@ CONFIGS = "ptql.configs"
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a command. 0: done; 2: the input was wrong, one line on stderr says how; 130, 143: stopped by a signal.
+    """Run a command. 0: done; 2: the input was wrong, one line on stderr says how; 128 + n: stopped by signal n.
 
     1: something around the run broke (another process, for one); the same command goes on.
     """

@@ -8,7 +8,7 @@ LONGEST = 1000  # characters of a line; what is longer is a value that was paste
 
 
 class InputError(ValueError):
-    """Bad input. The text says the value, the rule it breaks and the remedy; the command line exits with 2."""
+    """Bad input, or a disk or device too small for it. The text says value, rule and remedy; exit code 2."""
 
 
 class RunError(RuntimeError):

@@ -201,3 +201,59 @@ def test_an_interrupt_ends_a_fit_with_an_exit_that_remembers_it(tmp_path: Path) 
     finally:
         signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
     assert isinstance(stop.value.__context__, KeyboardInterrupt)
+
+
+def test_the_private_names_that_are_used_are_there(tmp_path: Path) -> None:
+    """Each stands where there is no public way; the pinned minor version of Lightning keeps them."""
+    from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+
+    assert callable(_MultiProcessingLauncher.launch)
+    assert callable(_SubprocessScriptLauncher.kill)
+    assert callable(LightningCLI._parse_ckpt_path)
+    assert callable(LightningCLI._set_seed)
+    assert callable(trainer(tmp_path)._logger_connector.update_train_step_metrics)
+
+
+def test_an_epoch_that_goes_on_in_its_middle_sees_the_rest_of_the_batches(tmp_path: Path) -> None:
+    """A loader with a state is asked for it, and the epoch's start is not announced again."""
+    seen: list[int] = []
+
+    class Numbered(Plain):
+        given = first = 0
+
+        def __iter__(self) -> Iterator[Tensor]:
+            first, self.first = self.first, 0
+            for index in range(first, self.count):
+                self.given = index + 1
+                yield torch.full((2,), float(index))
+
+        def state_dict(self) -> dict[str, int]:
+            return {"given": self.given}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.first = state["given"]
+
+    class Noted(Task):
+        starts = 0
+
+        def on_train_epoch_start(self) -> None:
+            self.starts += 1
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            seen.append(int(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+            if (trainer.current_epoch, batch_idx) == (0, 1):
+                trainer.save_checkpoint(tmp_path / "middle.ckpt", weights_only=False)
+                raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer(tmp_path, callbacks=[Stop()], enable_checkpointing=True).fit(Noted(), train_dataloaders=Numbered())
+    assert seen == [0, 1]
+    again = Noted()
+    trainer(tmp_path).fit(again, train_dataloaders=Numbered(), ckpt_path=tmp_path / "middle.ckpt", weights_only=True)
+    assert seen == [0, 1, 2, 0, 1, 2]
+    assert again.starts == EPOCHS - 1
