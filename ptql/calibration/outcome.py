@@ -30,7 +30,7 @@ def fit_metrics(trainer: BlockTrainer, model: QuantLM, plan: Plan, seconds: floa
     device = trainer.strategy.root_device
     fit: dict[str, Any] = {
         "method": model.method,
-        "source": str(Path(model.source or "").resolve()) if Path(model.source or "").exists() else model.source,
+        "source": str(Path(model.source or "").absolute()) if Path(model.source or "").exists() else model.source,
         "blocks": trainer.num_blocks,
         "seconds": round(sum(block["seconds"] for block in blocks), 1),
         "seconds_learning": round(sum(block["seconds_learning"] for block in blocks), 1),
