@@ -13,7 +13,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from ptql.nn.student import call_block, weights_of
-from ptql.parts.objectives import Objective, Targets
+from ptql.parts.objectives import Objective, Targets, total
 from ptql.parts.transforms import TransformState, Weights
 from ptql.parts.weights import LinearQuantizer
 
@@ -147,7 +147,7 @@ class BlockTask(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         terms = self.terms(batch)
-        loss = torch.stack(list(terms.values())).sum()
+        loss = total(terms)
         self._epoch_loss = self._epoch_loss.to(loss.device) + loss.detach()
         self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()})
         self.log("loss/total", loss.detach(), prog_bar=True)

@@ -26,6 +26,7 @@ from ptql.errors import InputError
 from ptql.formats.ptql import PackedFormat
 from ptql.formats.write import write_model
 from ptql.nn.student import run_block
+from ptql.parts.objectives import total
 
 AGREEMENT = 1e-3  # relative error of the output; kernels may sum in another order, nothing else may differ
 
@@ -105,7 +106,7 @@ class DryRun:
             optimizer = task.configure_optimizers()
         batch = next(iter(streams.batches()))
         with self.step:
-            loss = torch.stack(list(task.terms({k: v.to(self.device) for k, v in batch.items()}).values())).sum()
+            loss = total(task.terms({k: v.to(self.device) for k, v in batch.items()}))
         loss.backward()
         with _told_of_optimizer():
             optimizer.step()

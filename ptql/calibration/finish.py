@@ -12,7 +12,7 @@ from ptql.calibration.block_task import BlockTask
 from ptql.calibration.ledger import BlockRecord
 from ptql.calibration.statistics import observe_inputs
 from ptql.families import BlockLayout
-from ptql.parts.objectives import Targets
+from ptql.parts.objectives import Targets, total
 from ptql.parts.transforms import InputRange
 
 
@@ -81,14 +81,14 @@ def _weight_errors(task: BlockTask, block: BlockRecord) -> dict[str, float]:
 
 def _loss(task: BlockTask, streams: Streams, output: Tensor) -> float:
     """Mean over batches of the objective, as in training."""
-    device, total = task.device, 0.0
+    device, summed = task.device, 0.0
     batches = streams.batches()
     for index, batch in enumerate(batches):
         start = index * batches.batch_size
         chunk = output[start : start + batches.batch_size].to(device)
         targets: Targets = {name: batch[name].to(device) for name in task.objective.targets}
-        total += torch.stack(list(task.objective.terms(chunk, targets).values())).sum().item()
-    return total / len(batches)
+        summed += total(task.objective.terms(chunk, targets)).item()
+    return summed / len(batches)
 
 
 def _mse(streams: Streams, output: Tensor) -> float:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Target = Literal["fp", "fp_on_quantised"]
 """`fp`: the fp block on the fp stream (T1). `fp_on_quantised`: the fp block on the quantised stream (T2)."""
 
 Targets = dict[Target, Tensor]
+
+
+def total(terms: dict[str, Tensor]) -> Tensor:
+    """The loss: the sum of its weighted terms."""
+    return torch.stack(list(terms.values())).sum()
 
 
 class Objective(ABC):
