@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ptql.calibration.tokens import consecutive_windows, load_tokenizer, tokenize
 from ptql.checkpoint import SINGLE, Checkpoint
-from ptql.evaluation.evaluate import evaluate
+from ptql.evaluation.evaluate import Measurement, evaluate
 from ptql.evaluation.perplexity import perplexity, token_losses
 from tests.models import VOCABULARY, exact, llama_config, opt_config, random_model, save, some_ids
 
@@ -105,8 +106,8 @@ def test_losses_are_summed_over_all_tokens_but_the_first() -> None:
 @pytest.mark.shared
 def test_the_command_measures_windows_of_the_text(stories_dir: Path, shared_dir: Path, tmp_path: Path) -> None:
     text = shared_dir / "data/text/tinystories-test.jsonl"
-    options = {"include_path": None, "limit": None, "length": 96, "max_windows": 3, "batch_size": 2, "tasks": []}
-    found = evaluate(stories_dir, tmp_path / "m.json", device=CPU, texts={"tiny": str(text)}, **options)
+    options: dict[str, Any] = {"length": 96, "max_windows": 3, "batch_size": 2}
+    found = evaluate(stories_dir, tmp_path / "m.json", Measurement(device=CPU, texts={"tiny": str(text)}, **options))
     story = "\n\n".join(json.loads(line)["text"] for line in text.read_text().splitlines() if line.strip())
     windows = consecutive_windows(tokenize(load_tokenizer(stories_dir), story), 96)[:3]
     model = AutoModelForCausalLM.from_pretrained(stories_dir, dtype=torch.float32).eval()
@@ -118,6 +119,6 @@ def test_the_command_measures_windows_of_the_text(stories_dir: Path, shared_dir:
 
 @pytest.mark.shared
 def test_the_length_is_the_context_where_that_is_shorter(stories_dir: Path) -> None:
-    options = {"include_path": None, "limit": None, "length": None, "max_windows": 1, "batch_size": 2, "tasks": []}
-    found = evaluate(stories_dir, None, device=CPU, texts={}, **options)
+    options: dict[str, Any] = {"max_windows": 1, "batch_size": 2}
+    found = evaluate(stories_dir, None, Measurement(device=CPU, texts={}, **options))
     assert found["ppl_details"]["pydoc"]["length"] == 512

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
-from ptql.calibration.ledger import Ledger
+from ptql.calibration.ledger import BlockRecord, Ledger
 from ptql.calibration.quant_lm import QuantLM
 from ptql.checkpoint import SINGLE, Checkpoint
 from ptql.evaluation.size import model_size
@@ -39,7 +39,7 @@ def packed(tmp_path: Path, config: PretrainedConfig, scheme: IntScheme, **option
             weights |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
             if f"{name}.bias" in weights:
                 weights[f"{name}.bias"] = weights[f"{name}.bias"].half()
-        ledger.record(index, weights, {}, {})
+        ledger.record(index, BlockRecord(weights, {}, {}))
     model = tmp_path / "run" / "model"
     recipe = QuantLM(weight=scheme)
     write_model(source, recipe.packed_format(source, AddedBiases()), ledger, model, **options)
