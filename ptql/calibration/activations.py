@@ -91,6 +91,10 @@ class Streams:
             self.targets["fp_on_quantised"] = run_block(block, self.quantised, self.context, self.batch_size)
         return ranges()
 
+    def finite(self) -> bool:
+        """Whether the full-precision stream of every process holds numbers only: no nan, no infinity."""
+        return self.ranks.all(bool(self.fp.isfinite().all()))
+
     def batches(self) -> Batches:
         """Input and targets of the block in hand."""
         return Batches({"input": self.quantised, **self.targets}, self.batch_size)

@@ -86,7 +86,7 @@ class DryRun:
         streams = Streams(source.shell(), windows, len(windows), self.device)
         block = source.block(0, self.device)
         ranges = streams.teach(block, source.layout, model.objective.targets)
-        if not streams.fp.isfinite().all():
+        if not streams.finite():
             raise InputError(
                 f"{source.directory}: its first block gives numbers that are not finite; its weights are damaged, "
                 "or belong to another architecture: fetch the model again"

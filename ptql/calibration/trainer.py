@@ -163,7 +163,7 @@ class BlockTrainer(Trainer):
             torch.cuda.reset_peak_memory_stats(device)
         block = source.block(self.block, device)
         ranges = streams.teach(block, source.layout, () if found else model.objective.targets)
-        if not self.ranks.all(bool(streams.fp.isfinite().all())):
+        if not streams.finite():
             raise InputError(
                 f"{source.directory}: block {self.block} gives numbers that are not finite; its weights are damaged: "
                 "fetch the model again"
