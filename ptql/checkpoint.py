@@ -81,16 +81,36 @@ class Checkpoint:
 
     def block(self, index: int, device: torch.device | str = "cpu") -> nn.Module:
         """Block `index` in float32 on `device`, its linear layers dense; packed ones are unpacked there."""
-        block = copy.deepcopy(self._skeleton.get_submodule(f"{self.family.blocks}.{index}"))
-        if self.packed is not None:
-            prepare_block(block, self.packed)
+        return self.build_block(index, self.read_block(index), device)
+
+    def block_names(self, index: int) -> list[str]:
+        """Names of block `index`'s tensors in the model."""
         prefix = f"{self.family.blocks}.{index}."
-        tensors = self.read([prefix + name for name in block.state_dict()])
-        loaded = {name.removeprefix(prefix): _widen(tensor.to(device)) for name, tensor in tensors}
+        return [prefix + name for name in self._empty_block(index).state_dict()]
+
+    def read_block(self, index: int) -> dict[str, Tensor]:
+        """The tensors of block `index` as stored, by name in the model."""
+        return dict(self.read(self.block_names(index)))
+
+    def build_block(self, index: int, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> nn.Module:
+        """Block `index` of the tensors that `read_block` gave; takes them out of `tensors`, one by one."""
+        block = self._empty_block(index)
+        prefix = f"{self.family.blocks}.{index}."
+        loaded = {}
+        while tensors:  # a block's tensors are not there twice
+            name, tensor = tensors.popitem()
+            loaded[name.removeprefix(prefix)] = _widen(tensor.to(device, non_blocking=True))
         self._assign(block, loaded)
         if self.packed is not None:
             unpack_block(block)
         return block.to(device).eval().requires_grad_(False)
+
+    def _empty_block(self, index: int) -> nn.Module:
+        """Block `index` as its tensors are stored, parameters on the meta device."""
+        block = copy.deepcopy(self._skeleton.get_submodule(f"{self.family.blocks}.{index}"))
+        if self.packed is not None:
+            prepare_block(block, self.packed)
+        return block
 
     def check_blocks(self) -> None:
         """Raise `InputError` if a tensor of a block is missing: better now than when its turn comes."""

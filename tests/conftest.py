@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test reaches for a hub
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is: kernels are tested on the CPU then
 
 
 @pytest.fixture(scope="session")

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ptql.calibration.memory_budget import Budget, Place
 from ptql.calibration.ranks import Ranks
 from ptql.calibration.statistics import observe_inputs
+from ptql.calibration.stream_store import StreamStore
 from ptql.families import BlockLayout
-from ptql.nn.student import run_block
+from ptql.nn.student import call_block, run_block
+from ptql.nn.transfer import Writer, batches_on
 from ptql.parts.objectives import Target
 from ptql.parts.transforms import InputRange, Weights
 from ptql.shell import Shell
 
-SHARE_OF_GPU = 0.5  # streams stay on the GPU while four of them (two, and two targets) fit into this much of it
+PASS_BYTES = 64 * 2**20  # of float32 hidden states that a pass without gradients takes at a time: a GPU is busy then
 
 
 class Batches:
     """Slices of prepared tensors in fixed order, as the originals train: sized, no workers, no collation.
 
-    Lightning keeps `state_dict` in its checkpoints, so that an epoch can go on in its middle.
+    Where the tensors do not lie on `device`, the next batch is on its way there while one is
+    used. Lightning keeps `state_dict` in its checkpoints, so that an epoch can go on in its middle.
+
+    Args:
+        tensors: All of them [samples, ...].
+        batch_size: Samples in a batch; the last may hold fewer.
+        device: Where batches are given; by default where the tensors lie.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], batch_size: int) -> None:
+    def __init__(self, tensors: dict[str, Tensor], batch_size: int, device: torch.device | None = None) -> None:
         self.tensors, self.batch_size = tensors, batch_size
+        self.device = device or tensors["input"].device
         self.samples = len(tensors["input"])
         self._given = self._first = 0
 
@@ -35,9 +48,10 @@ class Batches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         first, self._first = self._first, 0
-        for index in range(first, len(self)):
-            self._given, start = index + 1, index * self.batch_size
-            yield {name: tensor[start : start + self.batch_size] for name, tensor in self.tensors.items()}
+        batches = batches_on(self.device, self.tensors, self.batch_size, None, first)
+        for index, batch in enumerate(batches, start=first):
+            self._given = index + 1
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
         return {"given": self._given}
@@ -48,31 +62,55 @@ class Batches:
 
 
 class Streams:
-    """Hidden states before the next block, [samples, tokens, hidden] float32, full-precision and quantised.
+    """Hidden states before the next block, [samples, tokens, hidden], full-precision and quantised.
 
     Args:
         shell: Embeds the windows; can be let go afterwards.
         windows: Token ids [samples, tokens], of this process.
-        batch_size: Samples that go through a block at a time.
-        device: Where blocks run. The streams lie there too if they fit, else in host memory.
+        batch_size: Samples of a training step. Passes without gradients take more at a time.
+        device: Where blocks run.
         ranks: The processes that share the samples.
+        dtype: In which hidden states are kept; blocks are given float32.
+        budget: Decides where the streams lie: on the device, in host memory, or in files.
+        folder: For such files; without one, streams never lie on disk.
+        at_a_time: Streams that exist at a time: both, the second target, the quantised block's output.
+        work_bytes: What work on a block takes on the GPU, if somebody has measured it.
     """
 
     @torch.no_grad()
     def __init__(
-        self, shell: Shell, windows: Tensor, batch_size: int, device: torch.device, ranks: Ranks | None = None
+        self,
+        shell: Shell,
+        windows: Tensor,
+        batch_size: int,
+        device: torch.device,
+        ranks: Ranks | None = None,
+        dtype: torch.dtype = torch.float32,
+        budget: Budget | None = None,
+        folder: Path | None = None,
+        at_a_time: int = 4,
+        work_bytes: int | None = None,
     ) -> None:
-        self.batch_size = batch_size
+        self.batch_size, self.device = batch_size, device
         self.ranks = ranks or Ranks()
         first, contexts = shell.embed(windows[:1])
-        home = resting_place(first.numel() * 4 * len(windows), device)
-        self.fp = torch.empty((len(windows), *first.shape[1:]), dtype=torch.float32, device=home)
+        shape = (len(windows), *first.shape[1:])
+        place = (budget or Budget()).place(device, math.prod(shape) * dtype.itemsize, at_a_time, work_bytes)
+        place = "host" if place == "disk" and folder is None else place
+        self._store = StreamStore(place, device, folder, self.ranks.rank)
+        self.fp = self._store.empty(shape, dtype)
         for start in range(0, len(windows), batch_size):
             self.fp[start : start + batch_size] = shell.embed(windows[start : start + batch_size])[0]
-        self.quantised = self.fp.clone()
+        self.quantised = self._store.empty(shape, dtype).copy_(self.fp)
         self._contexts: list[dict[str, Any]] = move(contexts, device)
         self._block = 0
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
         self.targets: dict[Target, Tensor] = {}
+
+    @property
+    def place(self) -> Place:
+        """Where the streams lie."""
+        return self._store.place
 
     @property
     def context(self) -> dict[str, Any]:
@@ -82,26 +120,61 @@ class Streams:
     def teach(self, block: nn.Module, layout: BlockLayout, targets: tuple[Target, ...]) -> dict[str, InputRange]:
         """Run the full-precision block: keeps the wanted targets, returns its input ranges.
 
-        The fp stream moves on to the block's output (T1); the quantised one waits for `advance`.
+        The fp stream moves on, in place, to the block's output (T1); the quantised one waits for `advance`.
         """
-        with observe_inputs(block, layout, self.fp.shape[1], self.ranks) as ranges:
-            self.fp = run_block(block, self.fp, self.context, self.batch_size)
+        with self._watched(block), observe_inputs(block, layout, self.fp.shape[1], self.ranks) as ranges:
+            self._run(block, self.fp, self.fp)
         self.targets = {"fp": self.fp}
         if "fp_on_quantised" in targets:
-            self.targets["fp_on_quantised"] = run_block(block, self.quantised, self.context, self.batch_size)
+            self.targets["fp_on_quantised"] = self._run(block, self.quantised)
         return ranges()
 
+    @contextmanager
+    def _watched(self, block: nn.Module) -> Iterator[None]:
+        """Note whether all outputs are finite while they are made: nobody has to read the stream again."""
+
+        def note(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            self._finite = self._finite & hidden.isfinite().all()
+
+        self._finite = torch.ones_like(self._finite)
+        handle = block.register_forward_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def finite(self) -> bool:
-        """Whether the full-precision stream of every process holds numbers only: no nan, no infinity."""
-        return self.ranks.all(bool(self.fp.isfinite().all()))
+        """Whether the full-precision block in every process gave numbers only: no nan, no infinity."""
+        return self.ranks.all(bool(self._finite))
 
     def batches(self) -> Batches:
         """Input and targets of the block in hand."""
-        return Batches({"input": self.quantised, **self.targets}, self.batch_size)
+        return Batches({"input": self.quantised, **self.targets}, self.batch_size, self.device)
 
     def output(self, student: nn.Module, weights: Weights) -> Tensor:
         """What the quantised block makes of the quantised stream."""
-        return run_block(student, self.quantised, self.context, self.batch_size, weights)
+        return self._run(student, self.quantised, weights=weights)
+
+    @torch.no_grad()
+    def compared(self, student: nn.Module, weights: Weights, out: Tensor | None) -> Iterator[dict[str, Tensor]]:
+        """A training batch's input and targets, and `output`: what the quantised block makes of it, float32.
+
+        All of it goes to `out`, too, where that is given: the outputs are read once, while they are made.
+        """
+        tensors = {"input": self.quantised, **self.targets}
+        batches = batches_on(self.device, tensors, self._at_once(self.quantised), torch.float32)
+        with Writer(self.quantised if out is None else out, self.device) as writer:
+            for index, batch in enumerate(batches):
+                made = call_block(student, batch["input"], self.context, weights)
+                if out is not None:
+                    writer.put(index * self._at_once(out), made)
+                parts = {name: tensor.split(self.batch_size) for name, tensor in {**batch, "output": made}.items()}
+                yield from (dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True))
+
+    def empty(self) -> Tensor:
+        """Room for a stream."""
+        return self._store.empty(tuple(self.quantised.shape), self.quantised.dtype)
 
     def advance(self, output: Tensor) -> None:
         """Make the quantised block's output the next block's input."""
@@ -109,13 +182,28 @@ class Streams:
         self.targets = {}
         self._block += 1
 
+    def close(self) -> None:
+        """Let go of all hidden states."""
+        self.targets = {}
+        del self.fp, self.quantised
+        self._store.remove_left_over()
+
+    def _run(
+        self, block: nn.Module, hidden: Tensor, out: Tensor | None = None, weights: Weights | None = None
+    ) -> Tensor:
+        out = self._store.empty(tuple(hidden.shape), hidden.dtype) if out is None else out
+        return run_block(block, hidden, self.context, self._at_once(hidden), weights, out)
+
+    def _at_once(self, hidden: Tensor) -> int:
+        """Samples of a pass without gradients: whole training batches, as many as keep a GPU busy."""
+        batch_bytes = 4 * self.batch_size * hidden.shape[1] * hidden.shape[2]
+        return max(PASS_BYTES // batch_bytes, 1) * self.batch_size
+
 
 def resting_place(stream_bytes: int, device: torch.device) -> torch.device:
-    """Where streams of this size lie: on the GPU that runs the blocks if they fit, else in host memory."""
-    if device.type != "cuda":
-        return device
-    free, _ = torch.cuda.mem_get_info(device)
-    return device if 4 * stream_bytes < SHARE_OF_GPU * free else torch.device("cpu")
+    """Where an evaluation's two streams of this size lie: on the device if they fit, else in host memory."""
+    place = Budget().place(device, stream_bytes, streams=2)
+    return device if place == "device" else torch.device("cpu")
 
 
 def move(value: Any, device: torch.device, moved: dict[int, Tensor] | None = None) -> Any:

@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from ptql.engine.engine import Engine
+from ptql.engine.step import Step, plain_groups
+from ptql.functional.scaled import Scaled
+from ptql.nn.quant_linear import QuantLinear
 from ptql.nn.student import call_block, weights_of
 from ptql.parts.objectives import Objective, Targets, total
 from ptql.parts.transforms import TransformState, Weights
@@ -31,6 +36,7 @@ class BlockTask(LightningModule):
         objective: Compares the student's output with the targets.
         optimizer: Makes an optimiser of parameter groups.
         dense: Dtype in which matrices that are not quantised are stored.
+        engine: Computes the steps; None for Lightning's own way.
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class BlockTask(LightningModule):
         objective: Objective,
         optimizer: OptimizerFactory,
         dense: torch.dtype = torch.float32,
+        engine: Engine | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False  # state_dict holds the learnables only: the rest comes from the source model
@@ -49,6 +56,7 @@ class BlockTask(LightningModule):
         self.context = context
         self.transforms = nn.ModuleList(transforms)
         self.quantizers = nn.ModuleDict({name.replace(".", "/"): q for name, q in quantizers.items()})
+        self._matrices = {f"{name}.weight" for name, m in student.named_modules() if isinstance(m, QuantLinear)}
         self.objective = objective
         self._optimizer = optimizer
         self._dense = dense
@@ -58,8 +66,11 @@ class BlockTask(LightningModule):
         self.best_epoch: int | None = None
         self.best_loss = float("inf")
         self._best: dict[str, Tensor] | None = None
-        self._epoch_loss = torch.zeros(())
-        self._project()
+        self._engine = engine
+        self._step: Step | None = None
+        self.epoch_loss = torch.zeros(())
+        """Sum over the epoch's batches so far."""
+        self.project()
         self.initial = copy.deepcopy(self.learnables())
 
     # What is learned, and what it makes of the weights
@@ -78,9 +89,17 @@ class BlockTask(LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith("student.")}
 
-    def folded_weights(self) -> Weights:
-        """The block's weights after the transforms: the same function, in other weights."""
+    def folded_weights(self, scaled: bool = False) -> Weights:
+        """The block's weights after the transforms: the same function, in other weights; float32.
+
+        With `scaled`, the matrices of linear layers are not multiplied out.
+        """
         weights = weights_of(self.student)
+        for name, weight in weights.items():
+            if scaled and name in self._matrices:
+                weights[name] = Scaled(weight)
+            elif weight.is_floating_point() and weight.dtype != torch.float64:
+                weights[name] = weight.float()
         for transform in self.transforms:
             weights = transform(weights)
         return weights
@@ -129,36 +148,89 @@ class BlockTask(LightningModule):
         """The linear layers whose weights are quantised."""
         return [name for name, _ in self._by_linear()]
 
+    def quantizer(self, linear: str) -> LinearQuantizer | None:
+        """What rounds a linear layer's matrix."""
+        return dict(self._by_linear()).get(linear)
+
     def _by_linear(self) -> list[tuple[str, LinearQuantizer]]:
         return [(name.replace("/", "."), q) for name, q in self.quantizers.items()]  # type: ignore[misc]
 
     # Learning
 
-    def _project(self) -> None:
+    def project(self) -> None:
+        """Bring the learnables back to where they are allowed."""
         for transform in self.transforms:
             transform.project()  # type: ignore[operator]
 
     def terms(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weighted terms of the loss on a batch; their sum is what is learned."""
-        self._project()
-        output = call_block(self.student, batch["input"], self.context, self.effective_weights())
+        self.project()
+        hidden = batch["input"].to(torch.promote_types(batch["input"].dtype, torch.float32))
+        output = call_block(self.student, hidden, self.context, self.effective_weights())
         targets: Targets = {name: batch[name] for name in self.objective.targets}
         return self.objective.terms(output, targets)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss, terms = self._plain_loss(batch) if self._step is None else self._captured_loss(batch)
+        if self._logger_is_due():
+            losses = {f"loss/{name}": term.detach() for name, term in terms.items()}
+            self.log_dict({**losses, "loss/total": loss.detach()})  # on no bar of Lightning's: it waits for the device
+        return loss
+
+    def _logger_is_due(self) -> bool:
+        """Whether Lightning hands this step on to loggers; `log` takes longer than all else that it does in a step."""
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return bool(every) and (self.trainer.global_step + 1) % every == 0
+
+    def _plain_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         terms = self.terms(batch)
         loss = total(terms)
-        self._epoch_loss = self._epoch_loss.to(loss.device) + loss.detach()
-        self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()})
-        self.log("loss/total", loss.detach(), prog_bar=True)
-        return loss
+        self.epoch_loss += loss.detach()
+        return loss, terms
+
+    def _captured_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self._step is not None
+        try:
+            return self._step.micro_batch(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of torch.compile, of the capture: of any type
+            if self._engine is None or not self._step.can_fail:
+                raise
+            self._step = self._engine.failed(self, self.trainer.optimizers[0], self.trainer, error)
+            return self._step.micro_batch(batch)
+
+    # Lightning's parts of a step, which are inside the engine's
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self._step is None:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        if self._step is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if self._step is None:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        else:
+            optimizer_closure()
+            self._step.finish()
+
+    def cpu(self) -> BlockTask:  # type: ignore[override]
+        """Stay where it is: Lightning would move the block away at a fit's end, and it is finished there next."""
+        return self
 
     def on_train_start(self) -> None:
         if self.seed is not None:  # here, since Lightning sets its own for each fit
             torch.manual_seed(self.seed)
+        self.epoch_loss = self.epoch_loss.to(self.device)
+        self._step = None if self._engine is None else self._engine.step(self, self.trainer.optimizers[0], self.trainer)
+        if self._step is not None and isinstance(model := self.trainer.strategy.model, DistributedDataParallel):
+            model.require_backward_grad_sync = False  # there is no backward that it would see
 
     def on_train_epoch_start(self) -> None:
-        self._epoch_loss = torch.zeros((), device=self.device)
+        self.epoch_loss.zero_()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Skip a step whose gradients are not finite: without gradients, the optimiser leaves everything alone."""
@@ -170,8 +242,10 @@ class BlockTask(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Keep the learnables of the epoch whose mean loss, over the batches of all processes, was lowest."""
         batches = self.trainer.num_training_batches
-        loss = self.trainer.strategy.reduce(self._epoch_loss.clone(), reduce_op="mean").item() / batches
-        self._project()
+        loss = self.trainer.strategy.reduce(self.epoch_loss.clone(), reduce_op="mean").item() / batches
+        if self._step is not None:
+            self.skipped_steps += self._step.take_skipped()
+        self.project()
         if loss < self.best_loss:
             self.best_loss, self.best_epoch = loss, self.trainer.current_epoch
             self._best = copy.deepcopy(self.learnables())
@@ -187,11 +261,15 @@ class BlockTask(LightningModule):
     # What a checkpoint inside a block holds beside the learnables and the optimiser
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._step is not None:
+            self.skipped_steps += self._step.take_skipped()
+        for state in checkpoint.get("optimizer_states", ()):
+            plain_groups(state["param_groups"])  # another device, or engine, may go on
         checkpoint["ptql"] = {
             "best": self._best,
             "best_epoch": self.best_epoch,
             "best_loss": self.best_loss,
-            "epoch_loss": self._epoch_loss,
+            "epoch_loss": self.epoch_loss,
             "skipped_steps": self.skipped_steps,
         }
 
@@ -199,7 +277,7 @@ class BlockTask(LightningModule):
         state = checkpoint["ptql"]
         self._best = state["best"]
         self.best_epoch, self.best_loss = state["best_epoch"], state["best_loss"]
-        self._epoch_loss = state["epoch_loss"]
+        self.epoch_loss = state["epoch_loss"]
         self.skipped_steps = state["skipped_steps"]
 
     def configure_optimizers(self) -> Optimizer:

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from lightning import LightningDataModule
 from torch import Tensor
 
+from ptql.calibration.memory_budget import Budget, parse_bytes
 from ptql.calibration.texts import Rows, read_text
 from ptql.calibration.tokens import bos_token, cached_windows, load_tokenizer
 from ptql.errors import InputError
@@ -27,6 +28,9 @@ class CalibrationData(LightningDataModule):
         seed: Seed of the places where windows start.
         rows: How the lines of a `.txt` file are read. `wikitext` joins them as is usual for WikiText-2,
             `plain` changes nothing, `auto` is `wikitext` where the file begins with a WikiText heading.
+        memory: The most that a run should take of a GPU's memory, all in, as `16GiB`; by default what is free there.
+        host_memory: The most host memory that hidden states may take, as `100GiB`; by default most of it. What fits
+            into neither is kept in files.
 
     Raises:
         InputError: If a number is out of its range.
@@ -40,6 +44,8 @@ class CalibrationData(LightningDataModule):
         batch_size: int = 4,
         seed: int = 2,
         rows: Rows = "auto",
+        memory: str | None = None,
+        host_memory: str | None = None,
     ) -> None:
         super().__init__()
         if samples < 1:
@@ -55,6 +61,17 @@ class CalibrationData(LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.rows: Rows = rows
+        self.memory = memory
+        self.host_memory = host_memory
+        self.budget()
+
+    def budget(self, processes: int = 1) -> Budget:
+        """The memory that each of a machine's `processes` may take; it changes the place of things, not the result."""
+        return Budget(
+            None if self.memory is None else parse_bytes("memory", self.memory),
+            None if self.host_memory is None else parse_bytes("host_memory", self.host_memory),
+            processes,
+        )
 
     def windows(
         self, tokenizer_directory: str | Path, context: int | None, bos: bool = False
@@ -80,9 +97,10 @@ class CalibrationData(LightningDataModule):
             rule = f"a window is at most the model's context of {context} tokens"
             raise InputError(f"length={self.length}: {rule}; use --data.length {context}")
 
-    def settings(self) -> tuple[str | int, ...]:
+    def settings(self) -> tuple[str | int | None, ...]:
         """What was given, in the order of the arguments."""
-        return self.text, self.samples, self.length, self.batch_size, self.seed, self.rows
+        numbers = (self.samples, self.length, self.batch_size, self.seed)
+        return self.text, *numbers, self.rows, self.memory, self.host_memory
 
     def identity(self) -> dict[str, str | int]:
         """Everything but the tokenizer that decides the batches, for a run's fingerprint; reads the text."""

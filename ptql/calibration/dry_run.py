@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ptql.calibration.activations import Streams
 from ptql.calibration.block_task import BlockTask
@@ -22,6 +23,7 @@ from ptql.calibration.ledger import BlockRecord, Ledger
 from ptql.calibration.quant_lm import QuantLM
 from ptql.checkpoint import Checkpoint
 from ptql.disk import told_if_full
+from ptql.engine.step import Step
 from ptql.errors import InputError
 from ptql.formats.ptql import PackedFormat
 from ptql.formats.write import write_model
@@ -40,12 +42,14 @@ class DryRun:
         device: Where blocks run.
         step: Context of a training step: autocast, or nothing.
         learns: Whether the run has epochs.
+        rehearsal: Makes what computes a step as the engine does; None where Lightning does.
     """
 
     run: Path
     device: torch.device
     step: AbstractContextManager[None]
     learns: bool
+    rehearsal: Callable[[BlockTask, Optimizer], Step | None] = lambda task, optimizer: None
 
     def __call__(self, model: QuantLM, source: Checkpoint, fmt: PackedFormat, windows: Tensor) -> str:
         """Try it with one batch of windows; returns a line that says how it went, and leaves nothing on the disk.
@@ -104,12 +108,17 @@ class DryRun:
     def _one_step(self, task: BlockTask, streams: Streams) -> None:
         with _told_of_optimizer():
             optimizer = task.configure_optimizers()
-        batch = next(iter(streams.batches()))
-        with self.step:
-            loss = total(task.terms({k: v.to(self.device) for k, v in batch.items()}))
-        loss.backward()
-        with _told_of_optimizer():
-            optimizer.step()
+            step = self.rehearsal(task, optimizer)
+        batch = {k: v.to(self.device) for k, v in next(iter(streams.batches())).items()}
+        if step is not None:
+            step.micro_batch(batch)
+            step.finish()
+        else:
+            with self.step:
+                loss = total(task.terms(batch))
+            loss.backward()
+            with _told_of_optimizer():
+                optimizer.step()
         task.load_learnables(task.initial)
 
     def _check_loading(

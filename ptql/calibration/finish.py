@@ -31,7 +31,8 @@ def finish_block(
         The block as it goes into the ledger, and what it makes of the quantised stream, [samples, tokens, hidden].
     """
     streams.ranks.copy_from_first(task.learnables().values())  # equal already; what is stored must be
-    learned, output = _candidate(task, streams, layout)
+    output = streams.empty()
+    learned = _candidate(task, streams, layout, output)
     learned.summary["fell_back"] = False
     if not learned.learned:
         learned.summary["loss_start"] = learned.summary["loss"]
@@ -39,12 +40,12 @@ def finish_block(
     else:
         best = {name: value.clone() for name, value in task.learnables().items()}
         task.load_learnables(task.initial)
-        start, start_output = _candidate(task, streams, layout)
+        start = _candidate(task, streams, layout, None)
         if math.isfinite(learned.summary["loss"]) and not learned.summary["loss"] > start.summary["loss"]:
             task.load_learnables(best)
             kept = learned
-        else:
-            kept, output = start, start_output
+        else:  # seldom, so that its output is made again rather than kept beside the other
+            kept = _candidate(task, streams, layout, output)
             kept.summary["fell_back"] = True
         kept.summary["loss_start"] = start.summary["loss"]
         kept.summary["skipped_steps"] = task.skipped_steps
@@ -56,16 +57,22 @@ def finish_block(
 
 
 @torch.no_grad()
-def _candidate(task: BlockTask, streams: Streams, layout: BlockLayout) -> tuple[BlockRecord, Tensor]:
+def _candidate(task: BlockTask, streams: Streams, layout: BlockLayout, out: Tensor | None) -> BlockRecord:
+    """Encode what the task holds and measure what was encoded: mean of the objective over training batches, and mean
+    squared error against the fp stream over samples, the same figure for every method. `out` gets the outputs."""
     stored = task.encode()
+    losses, squares = [], []
     with observe_inputs(task.student, layout, streams.quantised.shape[1], streams.ranks) as observed:
-        output = streams.output(task.student, task.decode(stored))
+        for batch in streams.compared(task.student, task.decode(stored), out):
+            targets: Targets = {name: batch[name] for name in task.objective.targets}
+            losses.append(total(task.objective.terms(batch["output"], targets)))
+            squares.append((batch["output"] - batch["fp"]).square().mean((1, 2)))
     after = observed()
     ranges = {f"after.{group[0]}": after[group[0]].absmax for group in layout.linears}
     learned = {name: value.clone() for name, value in task.learnables().items()}
-    measured = torch.tensor([_loss(task, streams, output), _mse(streams, output)], dtype=torch.float64)
-    loss, mse = streams.ranks.mean(measured).tolist()
-    return BlockRecord(stored, learned, ranges, {"loss": loss, "mse": mse}), output
+    means = [torch.stack(losses).double().mean(), torch.cat(squares).double().mean()]
+    loss, mse = streams.ranks.mean(torch.stack(means)).tolist()
+    return BlockRecord(stored, learned, ranges, {"loss": loss, "mse": mse})
 
 
 @torch.no_grad()
@@ -77,21 +84,3 @@ def _weight_errors(task: BlockTask, block: BlockRecord) -> dict[str, float]:
         weight, rounded = folded[f"{name}.weight"], decoded[f"{name}.weight"]
         errors[name] = ((weight - rounded).square().sum() / weight.square().sum()).item()
     return errors
-
-
-def _loss(task: BlockTask, streams: Streams, output: Tensor) -> float:
-    """Mean over batches of the objective, as in training."""
-    device, summed = task.device, 0.0
-    batches = streams.batches()
-    for index, batch in enumerate(batches):
-        start = index * batches.batch_size
-        chunk = output[start : start + batches.batch_size].to(device)
-        targets: Targets = {name: batch[name].to(device) for name in task.objective.targets}
-        summed += total(task.objective.terms(chunk, targets)).item()
-    return summed / len(batches)
-
-
-def _mse(streams: Streams, output: Tensor) -> float:
-    """Mean squared error against the fp stream: the same figure for every method."""
-    target = streams.targets["fp"]
-    return sum(torch.mean((a - b) ** 2).item() for a, b in zip(output, target, strict=True)) / len(output)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from ptql.calibration.data import CalibrationData
 from ptql.calibration.dry_run import DryRun
 from ptql.calibration.ledger import Ledger
-from ptql.calibration.memory import host_bytes
+from ptql.calibration.memory_budget import Budget
 from ptql.calibration.quant_lm import QuantLM
 from ptql.calibration.run_logger import RunLogger
 from ptql.checkpoint import Checkpoint
@@ -40,6 +41,8 @@ class Plan:
         identity: What decides the result; a ledger of another identity is refused.
         seed: Random numbers of block i are seeded with this + i.
         dropped: A line about samples that do not divide evenly, or None.
+        budget: The memory that it may take.
+        work_bytes: What work on a block takes of the GPU, as the dry run found; None without one.
     """
 
     source: Checkpoint
@@ -49,6 +52,8 @@ class Plan:
     identity: dict[str, Any]
     seed: int
     dropped: str | None
+    budget: Budget = Budget()  # noqa: RUF009
+    work_bytes: int | None = None
 
     def ledger(self, run: Path) -> Ledger:
         return Ledger(run, self.identity)
@@ -95,18 +100,22 @@ def check_loggers(trainer: BlockTrainer) -> None:
             )
 
 
-def check_memory(trainer: BlockTrainer, data: CalibrationData, hidden: int) -> None:
-    """Refuse hidden states that fit nowhere; four streams of them exist at a time, float32."""
-    device, total = trainer.strategy.root_device, host_bytes()
-    if total is None:
+def check_memory(
+    trainer: BlockTrainer, data: CalibrationData, hidden: int, item_bytes: int = 4, at_a_time: int = 4
+) -> None:
+    """Refuse hidden states that fit nowhere: `at_a_time` streams, of `item_bytes` a number."""
+    stream = data.samples // trainer.world_size * data.length * hidden * item_bytes
+    processes = trainer.num_devices
+    place = data.budget(processes).place(trainer.strategy.root_device, stream, at_a_time)
+    if place != "disk":
         return
-    if device.type == "cuda":
-        total += torch.cuda.get_device_properties(device).total_memory
-    needed = 4 * 4 * data.samples * data.length * hidden // trainer.world_size
-    if needed > total:
+    run = trainer.run_dir.absolute()
+    there = next(folder for folder in (run, *run.parents) if os.path.isdir(folder))
+    needed, free = stream * at_a_time * processes, shutil.disk_usage(there).free
+    if needed > free:
         raise InputError(
-            f"samples={data.samples}, length={data.length}: their hidden states need {needed / 1e9:,.0f} GB, and the "
-            f"machine has {total / 1e9:,.0f} GB; use a smaller --data.samples or --data.length"
+            f"samples={data.samples}, length={data.length}: their hidden states need {needed / 1e9:,.0f} GB, too much "
+            f"for memory, and {free / 1e9:,.0f} GB of the disk are free; use a smaller --data.samples or --data.length"
         )
 
 
@@ -152,7 +161,8 @@ def prepare(trainer: BlockTrainer, model: QuantLM, data: CalibrationData) -> Pla
     check_directory(trainer.run_dir)
     check_loggers(trainer)
     data.check_length(source.context)
-    check_memory(trainer, data, source.config.hidden_size)
+    dtype = model.engine.stream_dtype(trainer.strategy.root_device, trainer)
+    check_memory(trainer, data, source.config.hidden_size, dtype.itemsize, streams_at_a_time(model))
     stored_as = model.packed_format(source, model.added_biases(source.block(0), source))
     windows = data.windows(source.directory, source.context, source.family.bos)
     processes = trainer.world_size
@@ -167,13 +177,19 @@ def prepare(trainer: BlockTrainer, model: QuantLM, data: CalibrationData) -> Pla
         dropped = f"{len(windows)} samples do not divide by {processes} processes: {rest}"
     check_accumulation(trainer, -(-used // processes // data.batch_size))
     identity = _identity(trainer, model, data, source, windows)
-    plan = Plan(source, stored_as, windows[:used], data.batch_size, identity, _seed(), dropped)
+    budget = data.budget(processes // trainer.num_nodes)
+    plan = Plan(source, stored_as, windows[:used], data.batch_size, identity, _seed(), dropped, budget)
     if trainer.is_global_zero:
         if dropped is not None:
             print(f"ptql: {dropped}")
         if trainer.dry_run_only or not plan.ledger(trainer.run_dir).manifest["blocks"]:
-            _dry_run(trainer, model, plan)
+            return replace(plan, work_bytes=_dry_run(trainer, model, plan))
     return plan
+
+
+def streams_at_a_time(model: QuantLM) -> int:
+    """Streams of hidden states that exist at once: both, the second target, the quantised block's output."""
+    return 3 + ("fp_on_quantised" in model.objective.targets)
 
 
 def _seed() -> int:
@@ -181,14 +197,18 @@ def _seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", "2"))
 
 
-def _dry_run(trainer: BlockTrainer, model: QuantLM, plan: Plan) -> None:
+def _dry_run(trainer: BlockTrainer, model: QuantLM, plan: Plan) -> int | None:
+    """What it took of the GPU at most; None on a CPU."""
     attempt = DryRun(
         trainer.run_dir,
         trainer.strategy.root_device,
         trainer.precision_plugin.forward_context(),
         bool(trainer.max_epochs),
+        lambda task, optimizer: model.engine.rehearsal(task, optimizer, trainer),
     )
     print(f"ptql: {attempt(model, plan.source, plan.stored_as, plan.windows[: plan.batch_size])}")
+    device = trainer.strategy.root_device
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
 
 
 def _identity(

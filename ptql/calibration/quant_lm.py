@@ -16,9 +16,10 @@ from ptql import __version__
 from ptql.calibration.activations import Streams
 from ptql.calibration.block_task import BlockTask
 from ptql.checkpoint import Checkpoint, resolve
+from ptql.engine.engine import Engine, EngineName
 from ptql.errors import InputError
 from ptql.formats.ptql import PackedFormat
-from ptql.nn.student import biased_linears, make_student, weights_of
+from ptql.nn.student import biased_linears, keep_as_stored, make_student, weights_of
 from ptql.parts import settings
 from ptql.parts.activations import ActivationQuantizer, DynamicTokens, TokenRounding
 from ptql.parts.objectives import Objective, Reconstruction
@@ -45,6 +46,9 @@ class QuantLM(LightningModule):
         activation_quantizer: Rounds activations.
         objective: The loss of a block.
         optimizer: Learns the parameters of transforms and weight quantisers.
+        engine: How a step is computed. `auto`: on a GPU fused, compiled and captured as a CUDA graph, with what can't
+            be said and left out; on a CPU plain. `eager`: the same, launched piece by piece. `plain`: torch
+            operations in float32, the reference.
         matmul: Precision of float32 matrix products on a GPU: `high` is TF32, `highest` is float32. What is folded
             and rounded is computed in float32 either way.
     """
@@ -60,10 +64,12 @@ class QuantLM(LightningModule):
         activation_quantizer: ActivationQuantizer | None = None,
         objective: Objective | None = None,
         optimizer: OptimizerCallable = adamw,
+        engine: EngineName = "auto",
         matmul: Literal["highest", "high"] = "high",
     ) -> None:
         super().__init__()
         self.matmul: Literal["highest", "high"] = matmul
+        self.engine = Engine(engine)
         self.source = source
         self.method = method
         self.weight = weight
@@ -95,6 +101,7 @@ class QuantLM(LightningModule):
             "weight_quantizer": settings(self.weight_quantizer),
             "activation_quantizer": settings(self.activation_quantizer),
             "objective": settings(self.objective),
+            "engine": self.engine.name,
             "optimizer": {"class": type(optimizer).__name__, **_plain(optimizer.defaults)},
         }
 
@@ -130,7 +137,8 @@ class QuantLM(LightningModule):
     def student(self, block: nn.Module, source: Checkpoint) -> nn.Module:
         """Turn a block of the source into the quantised student, in place."""
         added = self.added_biases(block, source)
-        return make_student(block, source.layout, added, self.activation_quantizer, self.activation)
+        kernels = self.engine.kernels(next(block.parameters()).device)
+        return make_student(block, source.layout, added, self.activation_quantizer, self.activation, kernels)
 
     def block_task(
         self,
@@ -156,7 +164,10 @@ class QuantLM(LightningModule):
             self.objective,
             self.optimizer,
             source.dtype(),
+            self.engine,
         )
+        if self.engine.kernels(next(student.parameters()).device):
+            keep_as_stored(student, source.dtype())
         return task.to(next(student.parameters()).device)
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from ptql.calibration.activations import Streams
+from ptql.calibration.block_reader import BlockReader
 from ptql.calibration.block_task import BlockTask
 from ptql.calibration.breakdowns import told_in_one_line
 from ptql.calibration.data import CalibrationData
@@ -23,7 +24,14 @@ from ptql.calibration.ledger import BlockRecord, Ledger, shared_ledger
 from ptql.calibration.memory import give_back_memory, peak_host_bytes
 from ptql.calibration.outcome import fit_metrics
 from ptql.calibration.partial import LocalCheckpointIO, Partial
-from ptql.calibration.preparation import Plan, check_eval_options, check_nodes, check_strategy, prepare
+from ptql.calibration.preparation import (
+    Plan,
+    check_eval_options,
+    check_nodes,
+    check_strategy,
+    prepare,
+    streams_at_a_time,
+)
 from ptql.calibration.quant_lm import QuantLM
 from ptql.calibration.ranks import Ranks
 from ptql.calibration.run_logger import RunLogger
@@ -116,11 +124,26 @@ class BlockTrainer(Trainer):
         finished = self._open_ledger(plan)
         self._notify("on_model_start", model)
         todo = [index for index in range(self.num_blocks) if index not in finished]
-        streams = self._streams(plan) if todo else None
+        streams = self._streams(model, plan) if todo else None
+        with BlockReader(plan.source, self.strategy.root_device) as reader:
+            self._each_block(model, plan, streams, reader, todo)
+        if streams is not None:
+            streams.close()
+        model.engine.forget()
+        if self.is_global_zero:
+            write_model(plan.source, plan.stored_as, self.ledger, self.run_dir / MODEL)
+            self._write_results(model, plan, time.monotonic() - began)
+        self._notify("on_model_end", model)
+        self.strategy.barrier("end")
+        self._ended_together = True
+
+    def _each_block(
+        self, model: QuantLM, plan: Plan, streams: Streams | None, reader: BlockReader, todo: list[int]
+    ) -> None:
         for index in range(self.num_blocks):
-            self.block = index
-            found = self.ledger.read(index) if index in finished else None
-            if index in finished and found is None:
+            self.block, finished = index, index not in todo
+            found = self.ledger.read(index) if finished else None
+            if finished and found is None:
                 raise RunError(
                     f"block {index} in {self.ledger.folder} was changed while the run went on; start it again"
                 )
@@ -128,17 +151,11 @@ class BlockTrainer(Trainer):
                 assert found is not None
                 record = found
             else:
-                record = self._block(model, plan, streams, found)
+                record = self._block(model, plan, streams, reader, found)
             if record.resumed:
                 self.first_step += record.summary.get("steps", 0)
             self._notify("on_block_end", record)
             give_back_memory()
-        if self.is_global_zero:
-            write_model(plan.source, plan.stored_as, self.ledger, self.run_dir / MODEL)
-            self._write_results(model, plan, time.monotonic() - began)
-        self._notify("on_model_end", model)
-        self.strategy.barrier("end")
-        self._ended_together = True
 
     def _open_ledger(self, plan: Plan) -> set[int]:
         """The blocks that are finished; the first process claims the directory before the others look at it."""
@@ -151,17 +168,31 @@ class BlockTrainer(Trainer):
             self._say(f"{path}: missing or not what was written (checksum); this block is done again")
         return finished
 
-    def _streams(self, plan: Plan) -> Streams:
-        windows = self.ranks.share(plan.windows)
-        return Streams(plan.source.shell(), windows, plan.batch_size, self.strategy.root_device, self.ranks)
+    def _streams(self, model: QuantLM, plan: Plan) -> Streams:
+        device = self.strategy.root_device
+        return Streams(
+            plan.source.shell(),
+            self.ranks.share(plan.windows),
+            plan.batch_size,
+            device,
+            self.ranks,
+            dtype=model.engine.stream_dtype(device, self),
+            budget=plan.budget,
+            folder=self.run_dir,
+            at_a_time=streams_at_a_time(model),
+            work_bytes=plan.work_bytes,
+        )
 
-    def _block(self, model: QuantLM, plan: Plan, streams: Streams, found: BlockRecord | None) -> BlockRecord:
+    def _block(
+        self, model: QuantLM, plan: Plan, streams: Streams, reader: BlockReader, found: BlockRecord | None
+    ) -> BlockRecord:
         """Finish the block in hand, or take what was found; both streams stand before the next one afterwards."""
         began, first_step = time.monotonic(), self.steps
         device, source = self.strategy.root_device, plan.source
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        block = source.block(self.block, device)
+        block = reader.block(self.block)
+        reader.ahead(self.block + 1)
         ranges = streams.teach(block, source.layout, () if found else model.objective.targets)
         if not streams.finite():
             raise InputError(
@@ -188,6 +219,7 @@ class BlockTrainer(Trainer):
         }
         if device.type == "cuda":
             record.summary["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(device)
+            record.summary["peak_gpu_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
         if self.is_global_zero:
             self.ledger.record(self.block, record)
         streams.advance(output)

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ptql.functional.scaled import Scaled
+
 SMALLEST = 1e-5
 
 
@@ -47,27 +49,27 @@ def fold_into_norm(
 
 
 def fold_into_producer(
-    weight: Float[Tensor, "c in"],
+    weight: Float[Tensor, "c in"] | Scaled,
     bias: Float[Tensor, " c"] | None,
     scale: Float[Tensor, " c"],
     shift: Float[Tensor, " c"] | None,
-) -> tuple[Float[Tensor, "c in"], Float[Tensor, " c"] | None]:
+) -> tuple[Float[Tensor, "c in"] | Scaled, Float[Tensor, " c"] | None]:
     """A linear layer whose output is (old output - shift) / scale. A shift needs a bias."""
     if bias is not None:
         bias = (bias if shift is None else bias - shift) / scale
-    return weight / scale[:, None], bias
+    return weight.divide_rows(scale) if isinstance(weight, Scaled) else weight / scale[:, None], bias
 
 
 def fold_into_consumer(
-    weight: Float[Tensor, "out c"],
+    weight: Float[Tensor, "out c"] | Scaled,
     bias: Float[Tensor, " out"] | None,
     scale: Float[Tensor, " c"],
     shift: Float[Tensor, " c"] | None,
-) -> tuple[Float[Tensor, "out c"], Float[Tensor, " out"] | None]:
+) -> tuple[Float[Tensor, "out c"] | Scaled, Float[Tensor, " out"] | None]:
     """A linear layer that takes (x - shift) / scale and gives what the old one gave for x. A shift needs a bias."""
     if bias is not None and shift is not None:
-        bias = bias + (weight * shift).sum(1)
-    return weight * scale, bias
+        bias = bias + (weight.times(shift) if isinstance(weight, Scaled) else (weight * shift).sum(1))
+    return weight.scale_columns(scale) if isinstance(weight, Scaled) else weight * scale, bias
 
 
 def repeat_heads(x: Float[Tensor, " c"], kv_heads: int, heads: int) -> Float[Tensor, " q"]:

@@ -14,6 +14,9 @@ NAME = "ptql"
 ROUNDING = "qkv_rounding"
 """The attribute of an attention module that holds what rounds its queries (after RoPE), keys and values."""
 
+FLASH = (torch.bfloat16, torch.float16)
+"""Dtypes for which torch has flash attention."""
+
 # What transformers hands through to every attention function and this one needs not look at: the mask says it
 # already, or it is about outputs and caches. Anything else may change the result, and is refused.
 SPOKEN_FOR = frozenset(
@@ -57,8 +60,12 @@ def rounded_attention(
     rounding = getattr(module, ROUNDING, None)
     if rounding is not None:
         query, key, value = rounding(query), rounding(key), rounding(value)
+    if torch.is_autocast_enabled(query.device.type):  # as SDPA's own arguments would be
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:  # `enable_gqa` falls back to the slow kernel in float32 on CUDA
+    grouped = query.is_cuda and query.dtype in FLASH and softcap is None and attention_mask is None
+    if repeats > 1 and not grouped:  # `enable_gqa` falls back to the slow kernel in float32 on CUDA
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -69,7 +76,14 @@ def rounded_attention(
         mixed = softcapped_attention(query, key, value, attention_mask, dropout, causal, scaling, softcap)
     else:
         mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=repeats > 1 and grouped,
         )
     return mixed.transpose(1, 2).contiguous(), None
 

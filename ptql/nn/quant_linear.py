@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,50 @@ class SharedRounding:
         return rounded
 
 
+class MergedProduct:
+    """One matrix product for all linear layers that read the same input, called one after the other with it.
+
+    While it is on, the first layer's weight (and bias) is given as those of all of them, one below the other.
+
+    Args:
+        readers: The layers, in the order in which they are called.
+        rounding: Applied to the input, or None.
+    """
+
+    def __init__(self, readers: Sequence[QuantLinear], rounding: Rounding | None) -> None:
+        self._first, self._rows = readers[0], [reader.out_features for reader in readers]
+        self._rounding = rounding
+        self.on = False
+        self._input: Tensor | None = None
+        self._parts: tuple[Tensor, ...] = ()
+        self._left = 0
+
+    def part(self, index: int, x: Tensor) -> Tensor:
+        """What layer `index` makes of `x`."""
+        if self._input is not x:
+            rounded = x if self._rounding is None else self._rounding(x)
+            self._parts = F.linear(rounded, self._first.weight, self._first.bias).split(self._rows, -1)
+            self._input, self._left = x, len(self._rows)
+        part = self._parts[index]
+        self._left -= 1
+        if self._left == 0:
+            self._input, self._parts = None, ()
+        return part
+
+
+@contextmanager
+def merged_products(module: nn.Module) -> Iterator[None]:
+    """While open, layers in `module` that share an input are one matrix product each group."""
+    products = {linear.merged[0] for linear in module.modules() if isinstance(linear, QuantLinear) and linear.merged}
+    for product in products:
+        product.on = True
+    try:
+        yield
+    finally:
+        for product in products:
+            product.on = False
+
+
 class QuantLinear(nn.Module):
     """A linear layer that rounds its input; its weight is whatever the caller put there (fake-quantised or not).
 
@@ -44,6 +89,9 @@ class QuantLinear(nn.Module):
         bias: [out], or None.
         rounding: Applied to the input, or None.
     """
+
+    merged: tuple[MergedProduct, int] | None = None
+    """The product that this layer can be a part of, and which part."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rounding: Rounding | None = None) -> None:
         super().__init__()
@@ -60,6 +108,8 @@ class QuantLinear(nn.Module):
         return self.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.merged is not None and self.merged[0].on:
+            return self.merged[0].part(self.merged[1], x)
         return F.linear(x if self.rounding is None else self.rounding(x), self.weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -10,7 +10,8 @@ from torch.func import functional_call
 
 from ptql.families import BlockLayout
 from ptql.nn.attention import ROUNDING
-from ptql.nn.quant_linear import QuantLinear, SharedRounding, ShiftedNorm
+from ptql.nn.quant_linear import MergedProduct, QuantLinear, Rounding, SharedRounding, ShiftedNorm
+from ptql.nn.transfer import Writer, batches_on
 from ptql.parts.activations import ActivationQuantizer
 from ptql.parts.transforms import AddedBiases, Weights
 from ptql.recipe import ActivationScheme
@@ -27,22 +28,43 @@ def make_student(
     added: AddedBiases,
     rounding: ActivationQuantizer,
     scheme: ActivationScheme,
+    kernels: bool = False,
 ) -> nn.Module:
-    """Swap stand-ins into `block`, in place, and return it: added biases are zero, activations are rounded."""
+    """Swap stand-ins into `block`, in place, and return it: added biases are zero, activations are rounded.
+
+    With `kernels`, rounding is one kernel on a GPU, forward and backward.
+    """
+
+    def fused(rounds: Rounding | None) -> Rounding | None:
+        return rounding.fused(rounds) if kernels and rounds is not None else rounds
+
     for group in layout.linears:
-        rounds = rounding.for_linear(group[0], scheme)
+        rounds = fused(rounding.for_linear(group[0], scheme))
         shared = None if rounds is None else SharedRounding(rounds, readers=len(group))
+        linears = []
         for name in group:
             linear = block.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             weight, bias = linear.weight.detach(), linear.bias
             if bias is None and name in added.linears:
                 bias = weight.new_zeros(weight.shape[0])
-            block.set_submodule(name, QuantLinear(weight, bias, shared))
+            linears.append(QuantLinear(weight, bias, shared))
+            block.set_submodule(name, linears[-1])
+        if len({linear.bias is None for linear in linears}) == 1 < len(linears):
+            product = MergedProduct(linears, rounds)
+            for index, linear in enumerate(linears):
+                linear.merged = (product, index)
     for name in added.norms:
         block.set_submodule(name, ShiftedNorm(block.get_submodule(name)))
-    setattr(block.get_submodule(layout.attention.module), ROUNDING, rounding.for_attention(scheme))
+    setattr(block.get_submodule(layout.attention.module), ROUNDING, fused(rounding.for_attention(scheme)))
     return block
+
+
+def keep_as_stored(block: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the matrices of the linear layers in the dtype of the model's files, which loses nothing."""
+    for module in block.modules():
+        if isinstance(module, QuantLinear):
+            module.weight.data = module.weight.data.to(dtype)
 
 
 def weights_of(block: nn.Module) -> Weights:
@@ -58,12 +80,27 @@ def call_block(block: nn.Module, hidden: Tensor, context: dict[str, Any], weight
 
 @torch.no_grad()
 def run_block(
-    block: nn.Module, hidden: Tensor, context: dict[str, Any], batch_size: int, weights: Weights | None = None
+    block: nn.Module,
+    hidden: Tensor,
+    context: dict[str, Any],
+    batch_size: int,
+    weights: Weights | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The block's output for all samples [samples, tokens, hidden], a batch at a time, where `hidden` lies."""
-    device = next(block.parameters()).device
-    outputs = torch.empty_like(hidden)
-    for start in range(0, len(hidden), batch_size):
-        batch = hidden[start : start + batch_size].to(device, non_blocking=True)
-        outputs[start : start + batch_size] = call_block(block, batch, context, weights)
-    return outputs
+    """The block's output for all samples [samples, tokens, hidden], a batch at a time, where `hidden` lies.
+
+    Args:
+        block: Given batches in float32 (float64 if it is in float64), whatever the dtype of `hidden` is.
+        hidden: Before the block.
+        context: Keyword arguments of the block.
+        batch_size: Samples at a time.
+        weights: In place of the block's own.
+        out: Gets the output; may be `hidden`.
+    """
+    own = next(block.parameters())
+    dtype = torch.promote_types(own.dtype, torch.float32)  # a student holds its matrices as they are stored
+    out = torch.empty_like(hidden, pin_memory=hidden.is_pinned()) if out is None else out
+    with Writer(out, own.device) as writer:
+        for index, batch in enumerate(batches_on(own.device, {"input": hidden}, batch_size, dtype)):
+            writer.put(index * batch_size, call_block(block, batch["input"], context, weights))
+    return out

@@ -83,7 +83,13 @@ def prepare(tmp_path: Path) -> Prepare:
     return Prepare(tmp_path)
 
 
-def fit(task: BlockTask, batches: Any, epochs: int = 1, callbacks: list[Callback] | None = None) -> Trainer:
+def fit(
+    task: BlockTask,
+    batches: Any,
+    epochs: int = 1,
+    callbacks: list[Callback] | None = None,
+    **options: Any,
+) -> Trainer:
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -92,6 +98,7 @@ def fit(task: BlockTask, batches: Any, epochs: int = 1, callbacks: list[Callback
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     trainer.fit(task, train_dataloaders=batches)
     return trainer
@@ -239,7 +246,7 @@ def test_the_loss_of_a_step_is_the_objective_on_effective_weights(prepare: Prepa
     batch = next(iter(made.streams.batches()))
     output = call_block(made.task.student, batch["input"], made.streams.context, made.task.effective_weights())
     terms = objective.terms(output, {"fp": batch["fp"], "fp_on_quantised": batch["fp_on_quantised"]})
-    fit(made.task, OneByOne([batch]), callbacks=[Note()])
+    fit(made.task, OneByOne([batch]), callbacks=[Note()], log_every_n_steps=1)
     assert losses == pytest.approx([sum(terms.values()).item()], rel=1e-6)
     assert logged == pytest.approx(
         {**{f"loss/{k}": v.item() for k, v in terms.items()}, "loss/total": losses[0]}, rel=1e-6
@@ -429,7 +436,7 @@ def test_scales_are_projected_before_each_step(prepare: Prepare) -> None:
     made = prepare(optimizer=Zeroing)
     fit(made.task, made.streams.batches())
     assert made.task.skipped_steps == 0  # the second step did not divide by zero
-    assert math.isfinite(made.task._epoch_loss.item())
+    assert math.isfinite(made.task.epoch_loss.item())
 
 
 def test_the_scales_that_are_kept_are_projected(prepare: Prepare) -> None:

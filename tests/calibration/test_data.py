@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 
 from ptql.calibration.data import CalibrationData
+from ptql.calibration.memory_budget import Budget
 from ptql.calibration.tokens import load_tokenizer, sample_windows, tokenize
 from ptql.errors import InputError
 
@@ -27,9 +29,11 @@ def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"length": 1}, r"length=1: .*--data\.length"),
         ({"batch_size": 0}, r"batch_size=0: .*1 to 128.*--data\.batch_size 4"),
         ({"samples": 3, "batch_size": 4}, r"batch_size=4: .*1 to 3.*--data\.batch_size 3"),
+        ({"memory": "8"}, r"^memory=8: a number above 0 and its unit.*--data\.memory 8GiB"),
+        ({"host_memory": "8 GiB"}, r"^host_memory=8 GiB: .*--data\.host_memory 8GiB"),
     ],
 )
-def test_numbers_out_of_range_are_refused(numbers: dict[str, int], message: str) -> None:
+def test_numbers_out_of_range_are_refused(numbers: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         CalibrationData(**numbers)
 
@@ -68,11 +72,23 @@ def test_identity_has_what_decides_the_batches(story: Path) -> None:
     assert CalibrationData(**{**base, "text": str(moved)}).identity() != first
 
 
+def test_memory_belongs_to_the_settings_and_not_to_the_identity(story: Path) -> None:
+    base = CalibrationData(str(story), samples=6, length=32)
+    assert base.budget() == Budget(None, None, 1)
+    for change in ({"memory": "8GiB"}, {"host_memory": "500MB"}):
+        changed = CalibrationData(str(story), samples=6, length=32, **change)
+        assert changed.settings() != base.settings()
+        assert changed.identity() == base.identity()
+    both = CalibrationData(str(story), memory="8GiB", host_memory="500MB")
+    assert both.budget(3) == Budget(8 * 2**30, 500 * 10**6, 3)
+
+
 def test_the_command_line_gets_its_help_from_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(CalibrationData, "data")
-    parsed = parser.parse_args(["--data.text", "c4", "--data.rows", "plain"])
+    parsed = parser.parse_args(["--data.text", "c4", "--data.rows", "plain", "--data.memory", "8"])
     assert (parsed.data.text, parsed.data.rows, parsed.data.samples) == ("c4", "plain", 128)
+    assert (parsed.data.memory, parsed.data.host_memory) == ("8", None)  # refused with a line of ours
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     assert "Windows in a batch" in capsys.readouterr().out

@@ -21,3 +21,7 @@ class ActivationQuantizer(ABC):
     @abstractmethod
     def for_attention(self, scheme: ActivationScheme) -> Rounding | None:
         """What rounds q, k and v, each [batch, heads, tokens, head size], or None."""
+
+    def fused(self, rounding: Rounding) -> Rounding:
+        """The same rounding by GPU kernels where there are any; what is returned must round alike."""
+        return rounding

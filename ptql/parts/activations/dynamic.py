@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from ptql.functional.affine import fake_quantize_tokens
+from ptql.kernels.tokens import round_tokens
 from ptql.nn.quant_linear import Rounding
 from ptql.parts.activations.base import ActivationQuantizer
 from ptql.recipe import ActivationScheme
@@ -17,9 +19,16 @@ class TokenRounding:
     """Rounds each last-dimension vector to `bits` bits on its own asymmetric min-max grid."""
 
     bits: int
+    kernels: bool = field(default=False, compare=False)
+    """One kernel forward and one backward; under autocast it returns the dtype that products are computed in."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return fake_quantize_tokens(x, self.bits)
+        if not self.kernels:
+            return fake_quantize_tokens(x, self.bits)
+        kind = x.device.type
+        return round_tokens(
+            x, self.bits, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        )
 
 
 class DynamicTokens(ActivationQuantizer):
@@ -40,3 +49,6 @@ class DynamicTokens(ActivationQuantizer):
 
     def for_attention(self, scheme: ActivationScheme) -> Rounding | None:
         return TokenRounding(scheme.bits) if self.qkv and scheme.quantised else None
+
+    def fused(self, rounding: Rounding) -> Rounding:
+        return replace(rounding, kernels=True) if isinstance(rounding, TokenRounding) else rounding

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 from ptql.families import BlockLayout
+from ptql.functional.scaled import Scaled
 from ptql.recipe import ActivationScheme, IntScheme
 
-Weights = dict[str, Tensor]
-"""Every parameter of a block by its name in the block."""
+Matrix = Tensor | Scaled
+"""A matrix of a block: a tensor, or one that is scaled where it is rounded. Transforms take both."""
+
+Weights = dict[str, Any]
+"""Every parameter of a block by its name in the block: tensors, or `Scaled` for quantised matrices while learning."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ptql.errors import InputError, check_number
 from ptql.families import AttentionSites, BlockLayout, NormSite, Rows
 from ptql.functional import smoothing
 from ptql.parts import check_learning_rate
-from ptql.parts.transforms.base import AddedBiases, BlockFacts, Transform, TransformState, Weights
+from ptql.parts.transforms.base import AddedBiases, BlockFacts, Matrix, Transform, TransformState, Weights
 from ptql.recipe import ActivationScheme, IntScheme
 
 Site = Literal["qkv", "out", "qkt", "fc1"]
@@ -251,7 +251,7 @@ class SmoothHeadNorms(TransformState):
         return weights
 
 
-def _with(weights: Weights, weight: str, bias: str, folded: tuple[Tensor | None, Tensor | None]) -> Weights:
+def _with(weights: Weights, weight: str, bias: str, folded: tuple[Matrix | None, Tensor | None]) -> Weights:
     named = {weight: folded[0], bias: folded[1]}
     return {**weights, **{name: tensor for name, tensor in named.items() if tensor is not None}}
 
@@ -262,16 +262,15 @@ def _fold(weights: Weights, name: str, fold, scale: Tensor, shift: Tensor | None
 
 
 def _fold_rows(weights: Weights, rows: Rows, scale: Tensor, shift: Tensor | None) -> Weights:
-    """Fold into the rows as a producer; the others of a fused matrix stay as they are."""
-    weight, bias = f"{rows.linear}.weight", f"{rows.linear}.bias"
-    part = slice(rows.start, rows.stop)
-    old = weights[weight], weights.get(bias)
-    new = smoothing.fold_into_producer(old[0][part], None if old[1] is None else old[1][part], scale, shift)
-    return _with(weights, weight, bias, (_put(old[0], rows, new[0]), _put(old[1], rows, new[1])))
+    """Fold into the rows as a producer; the others of a fused matrix stay as they are: divided by 1, shifted by 0."""
+    size = weights[f"{rows.linear}.weight"].shape[0]
+    whole_shift = None if shift is None else _among(shift, rows, size, 0.0)
+    return _fold(weights, rows.linear, smoothing.fold_into_producer, _among(scale, rows, size, 1.0), whole_shift)
 
 
-def _put(old: Tensor | None, rows: Rows, new: Tensor | None) -> Tensor | None:
-    """`old` with `new` in place of these rows."""
-    if old is None or new is None or len(new) == len(old):
-        return new
-    return torch.cat([old[: rows.start], new, old[rows.start + len(new) :]])
+def _among(values: Tensor, rows: Rows, size: int, others: float) -> Tensor:
+    """[size] with `values` in the place of these rows and `others` elsewhere."""
+    if len(values) == size:
+        return values
+    before, after = values.new_full((rows.start,), others), values.new_full((size - rows.start - len(values),), others)
+    return torch.cat([before, values, after])

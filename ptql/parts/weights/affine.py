@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from ptql.errors import check_number
 from ptql.functional import affine
+from ptql.functional.scaled import Scaled
+from ptql.kernels.weights import fold_and_round
 from ptql.nn.packed_linear import dense_from_packed, packed_tensors
 from ptql.parts import check_learning_rate
 from ptql.parts.weights.base import LinearQuantizer, WeightQuantizer
@@ -53,6 +55,21 @@ class AffineLinear(LinearQuantizer):
         groups = affine.grouped(w, s.columns(self.row))
         scale, zero = affine.scale_and_zero(*self._range(groups), s.bits, s.symmetric)
         return affine.ungrouped(affine.fake_quantize(groups, scale, zero, s.bits), self.row)
+
+    def fake_into(self, w: Scaled, out: Tensor) -> Tensor:
+        s = self.scheme
+        return fold_and_round(
+            w.base,
+            w.rows,
+            w.columns,
+            self.lower,
+            self.upper,
+            bits=s.bits,
+            group=s.columns(self.row),
+            symmetric=s.symmetric,
+            dtype=out.dtype,
+            out=out,
+        )
 
     def encode(self, w: Tensor) -> dict[str, Tensor]:
         s = self.scheme

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from ptql.functional.buffers import write_into
+from ptql.functional.scaled import Scaled
 from ptql.recipe import IntScheme
 
 
@@ -17,6 +19,10 @@ class LinearQuantizer(nn.Module, ABC):
     @abstractmethod
     def fake(self, w: Tensor) -> Tensor:
         """Rounded weights [out, in], differentiable in `w` and in the learnables."""
+
+    def fake_into(self, w: Scaled, out: Tensor) -> Tensor:
+        """As `fake`, written to `out` [out, in] in its dtype; differentiable in the factors and in the learnables."""
+        return write_into(self.fake(w.dense()), out)
 
     @abstractmethod
     def encode(self, w: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,245 @@
+"""Steps as CUDA graphs: the same numbers as piece by piece, for block after block, without waiting for the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from ptql.calibration.activations import Streams
+from ptql.calibration.block_task import BlockTask
+from ptql.calibration.quant_lm import QuantLM
+from ptql.checkpoint import Checkpoint
+from ptql.engine.engine import Engine
+from ptql.engine.graph import GraphedStep, signature
+from ptql.engine.step import Step, StepSettings
+from ptql.parts.transforms import Smooth
+from ptql.recipe import ActivationScheme, IntScheme
+from tests.models import CONFIGS, random_model, save, some_ids
+
+W3A4: dict[str, Any] = {"weight": IntScheme(3, 16), "activation": ActivationScheme(4), "transforms": [Smooth()]}
+
+
+class Blocks:
+    """Tasks of a tiny model's blocks, one after the other, on one device."""
+
+    def __init__(self, folder: Path, family: str, device: str, dtype: torch.dtype = torch.float32) -> None:
+        self.source = Checkpoint(save(random_model(CONFIGS[family]).to(dtype), folder / family))
+        self.device = torch.device(device)
+        self.streams = Streams(self.source.shell(), some_ids(samples=5, tokens=12), 2, self.device)
+
+    def __iter__(self) -> Iterator[BlockTask]:
+        for index in range(self.source.num_blocks):
+            model = QuantLM(engine="eager", **W3A4)
+            block = self.source.block(index, self.device)
+            ranges = self.streams.teach(block, self.source.layout, model.objective.targets)
+            yield model.block_task(index, model.student(block, self.source), self.source, ranges, self.streams)
+            self.streams.advance(self.streams.quantised)
+
+    def batches(self) -> list[dict[str, Tensor]]:
+        return list(self.streams.batches())
+
+
+def learn(step: Step, batches: list[dict[str, Tensor]], accumulate: int = 1, epochs: int = 2) -> list[float]:
+    losses = []
+    for _ in range(epochs):
+        for index, batch in enumerate(batches, start=1):
+            losses.append(step.micro_batch(batch)[0].item())
+            if index % accumulate == 0 or index == len(batches):
+                step.finish()
+    return losses
+
+
+def trainer(**changes: Any) -> SimpleNamespace:
+    usual = {
+        "precision": "32-true",
+        "accumulate_grad_batches": 1,
+        "gradient_clip_val": None,
+        "gradient_clip_algorithm": None,
+        "world_size": 1,
+        "is_global_zero": True,
+        "callbacks": [],
+    }
+    return SimpleNamespace(**{**usual, **changes})
+
+
+SETTINGS = {
+    "one batch": StepSettings(),
+    "two batches": StepSettings(accumulate=2),
+    "compiled": StepSettings(compiled=True),
+    "clipped": StepSettings(clip=0.1),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "opt"])
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_graphs_learn_what_pieces_learn_for_every_block(family: str, settings: str, tmp_path: Path) -> None:
+    """Five samples in batches of two: the last batch is another graph. The second block is adopted."""
+    if settings == "compiled" and family != "llama":
+        pytest.skip("compiling takes long; one family shows it")
+    chosen = SETTINGS[settings]
+    graphed: dict[Any, GraphedStep] = {}
+    blocks, others = Blocks(tmp_path / "a", family, "cuda"), Blocks(tmp_path / "b", family, "cuda")
+    for task, other in zip(blocks, others, strict=True):
+        optimizer, their_optimizer = task.configure_optimizers(), other.configure_optimizers()
+        key = signature(task, optimizer, chosen)
+        if key in graphed:
+            graphed[key].adopt(task, optimizer)
+        else:
+            graphed[key] = GraphedStep(task, optimizer, chosen)
+        eager = Step(other, their_optimizer, replace(chosen, compiled=False))
+        losses = learn(graphed[key], blocks.batches(), chosen.accumulate)
+        expected = learn(eager, others.batches(), chosen.accumulate)
+        assert losses[0] == pytest.approx(expected[0], rel=1e-3)
+        assert losses == pytest.approx(expected, rel=0.1)  # a last bit can be another code, and more so later
+        assert graphed[key].epoch_loss.item() == pytest.approx(sum(losses), rel=1e-4)
+        steps = math.ceil(3 / chosen.accumulate) * 2
+        for parameter, state in optimizer.state.items():
+            assert state["step"].item() == steps
+            assert state["exp_avg"].shape == parameter.shape
+        moved = [(task.learnables()[n].cpu() - start.cpu()).abs().max().item() for n, start in task.initial.items()]
+        assert max(moved) > 0
+        torch._C._cuda_clearCublasWorkspaces()  # as Lightning does at the end of each fit
+        torch.cuda.empty_cache()
+        for name, value in other.learnables().items():
+            ours, start = task.learnables()[name], other.initial[name].to(value.device)
+            assert (ours - value).norm() <= 0.5 * (value - start).norm() + 1e-4, name
+    assert len(graphed) == (2 if family == "gemma2" else 1)  # its blocks are of two kinds, turn by turn
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_step_does_not_wait_for_the_device(tmp_path: Path) -> None:
+    blocks = Blocks(tmp_path, "llama", "cuda")
+    task = next(iter(blocks))
+    step = GraphedStep(task, task.configure_optimizers(), StepSettings(half=torch.bfloat16))
+    batches = blocks.batches()
+    learn(step, batches, epochs=1)
+    before = step.epoch_loss.item()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:
+            step.micro_batch(batch)
+            step.finish()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert step.epoch_loss.item() > before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_skipped_steps_are_counted_by_graphs_too(tmp_path: Path) -> None:
+    blocks = Blocks(tmp_path, "llama", "cuda")
+    task = next(iter(blocks))
+    step = GraphedStep(task, task.configure_optimizers(), StepSettings())
+    good, bad = blocks.batches()[:2]
+    bad = {**bad, "fp": bad["fp"] * float("inf")}
+    learn(step, [good, bad, good], epochs=1)
+    assert step.take_skipped() == 1
+    assert all(value.isfinite().all() for value in task.learnables().values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_what_cannot_be_captured_goes_on_piece_by_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = Blocks(tmp_path, "llama", "cuda")
+    task = next(iter(blocks))
+    start = {name: value.clone() for name, value in task.learnables().items()}
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no graph today\nand more")
+
+    monkeypatch.setattr(GraphedStep, "_capture", fail)
+    engine, optimizer = Engine("auto"), task.configure_optimizers()
+    task._engine, task._step = engine, engine.step(task, optimizer, trainer())
+    monkeypatch.setattr(type(task), "trainer", SimpleNamespace(optimizers=[optimizer], **vars(trainer())))
+    assert isinstance(task._step, GraphedStep)
+    capsys.readouterr()
+    task._captured_loss(blocks.batches()[0])
+    assert type(task._step) is Step
+    assert all(torch.equal(value, start[name]) for name, value in task.learnables().items())
+    assert capsys.readouterr().err == "ptql: engine: eager, as the step can't be captured (no graph today)\n"
+    assert type(engine.step(task, task.configure_optimizers(), trainer())) is Step
+
+
+# What needs no GPU
+
+
+def test_blocks_of_one_shape_have_one_signature_and_others_another(tmp_path: Path) -> None:
+    def signatures(family: str) -> list[Any]:
+        made = []
+        for task in Blocks(tmp_path / family, family, "cpu"):
+            made.append(signature(task, task.configure_optimizers(), StepSettings()))
+        return made
+
+    llama, gemma, wide = signatures("llama"), signatures("gemma2"), signatures("llama_head_dim")
+    assert len(set(llama)) == 1
+    assert len(set(gemma)) == 2
+    assert llama[0] != wide[0]
+    task = next(iter(Blocks(tmp_path / "again", "llama", "cpu")))
+    optimizer = task.configure_optimizers()
+    assert signature(task, optimizer, StepSettings()) == llama[0]
+    assert signature(task, optimizer, StepSettings(accumulate=2)) != llama[0]
+    optimizer.param_groups[0]["lr"] *= 2
+    assert signature(task, optimizer, StepSettings()) != llama[0]
+
+
+class Looks:
+    def on_before_optimizer_step(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "changes", "reason"),
+    [
+        (SGD, {}, "plain, as the optimiser SGD needs the host in each step"),
+        (torch.optim.AdamW, {"precision": "16-mixed"}, "plain, as 16-mixed scales its losses on the host"),
+        (torch.optim.AdamW, {"callbacks": [Looks()]}, "plain, as Looks.on_before_optimizer_step looks inside a step"),
+    ],
+)
+def test_what_needs_lightnings_order_of_things_is_plain_and_said_once(
+    optimizer: type[Optimizer],
+    changes: dict[str, Any],
+    reason: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    task = next(iter(Blocks(tmp_path, "llama", "cpu")))
+    engine = Engine("eager")
+    made = optimizer([p for p in task.parameters() if p.requires_grad], lr=0.1)
+    capsys.readouterr()
+    for _ in range(2):
+        assert engine.step(task, made, trainer(**changes)) is None
+    said = capsys.readouterr().err
+    assert reason in said
+    assert said.count("\n") == 1
+
+
+def test_on_a_cpu_auto_is_plain_and_eager_is_eager(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = next(iter(Blocks(tmp_path, "llama", "cpu")))
+    capsys.readouterr()
+    assert Engine("auto").step(task, task.configure_optimizers(), trainer()) is None
+    assert type(Engine("eager").step(task, task.configure_optimizers(), trainer())) is Step
+    assert Engine("plain").step(task, task.configure_optimizers(), trainer()) is None
+    assert capsys.readouterr().err == ""
+
+
+def test_what_a_trainer_says_of_a_step() -> None:
+    said = Engine("eager").settings(
+        trainer(precision="bf16-mixed", accumulate_grad_batches=4, gradient_clip_val=0.5, world_size=2)
+    )
+    assert said == StepSettings(torch.bfloat16, 4, 0.5, "norm", 2)
+    by_value = trainer(gradient_clip_val=0.5, gradient_clip_algorithm="value")
+    assert Engine("auto").settings(by_value) == StepSettings(clip=0.5, clip_by="value", compiled=True)
