@@ -31,6 +31,7 @@ from threading import RLock
 from typing import Any
 
 import torch
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -40,7 +41,7 @@ from benchmarks.shapes import SHAPES, Shape, first_blocks, write_shape  # noqa: 
 
 MODEL_EPOCHS = 20  # of the methods as published, and so of the whole model that is extrapolated
 KEPT = ("seconds", "seconds_learning", "steps", "peak_gpu_bytes", "peak_gpu_reserved_bytes", "peak_host_bytes")
-KEPT += ("loss", "loss_start", "loss_learned", "best_epoch", "fell_back", "skipped_steps")
+KEPT += ("loss", "loss_start", "loss_learned", "epoch_losses", "best_epoch", "fell_back", "skipped_steps")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Run:
         batch_size: Windows in a step of one process.
         processes: One GPU each.
         memory: Of `--data.memory`; None leaves the option out.
+        preset: Shipped preset, which says epochs and batch size; `preset` makes such a run.
         real: The model is that of --model, all of it, and its perplexity is measured.
     """
 
@@ -73,6 +75,7 @@ class Run:
     batch_size: int = 4
     processes: int = 1
     memory: str | None = None
+    preset: str | None = None
     real: bool = False
 
     @property
@@ -81,6 +84,7 @@ class Run:
         parts = [self.shape.name if self.shape else "", self.method, self.scheme, self.engine or "default"]
         parts += [f"{self.blocks}b", f"{self.epochs}e", f"{self.samples}x{self.length}", f"batch{self.batch_size}"]
         parts += [f"{self.processes}p"] if self.processes > 1 else []
+        parts += [self.preset] if self.preset else []
         return "-".join([*parts, self.memory] if self.memory else parts)
 
     def fit(self, model: Path, text: str, precision: str, folder: Path) -> list[str]:
@@ -91,9 +95,9 @@ class Run:
             "data.text": text,
             "data.samples": self.samples,
             "data.length": self.length,
-            "data.batch_size": self.batch_size,
+            "data.batch_size": None if self.preset else self.batch_size,
             "data.memory": self.memory,
-            "trainer.max_epochs": self.epochs,
+            "trainer.max_epochs": None if self.preset else self.epochs,
             "trainer.precision": precision,
             "trainer.devices": self.processes if self.processes > 1 else None,
             "trainer.logger": "false",
@@ -101,43 +105,55 @@ class Run:
         }
         configs = [f"methods/{self.method}", f"schemes/{self.scheme}"]
         configs += ["strategies/ddp"] if self.processes > 1 else []
+        configs += [f"presets/{self.preset}"] if self.preset else []
         command = ["fit", *(part for config in configs for part in ("-c", config))]
         return command + [part for name, v in options.items() if v is not None for part in (f"--{name}", str(v))]
+
+
+def preset(run: Run, name: str) -> Run:
+    """The run with a shipped preset."""
+    says = yaml.safe_load((ROOT / f"configs/presets/{name}.yaml").read_text(encoding="utf-8"))
+    batch_size = says.get("data", {}).get("batch_size", run.batch_size)
+    return replace(run, preset=name, epochs=says["trainer"]["max_epochs"], batch_size=batch_size)
 
 
 LLAMA2 = SHAPES["llama2-7b"]
 BASE = Run(LLAMA2, "lrquant", "w4a4")
 WEIGHTS = Run(LLAMA2, "omniquant", "w4a16")
 HUGE = Run(SHAPES["llama3-405b"], "lrquant", "w4a4", epochs=1, samples=16, batch_size=1)
-REAL = Run(None, "lrquant", "w4a4", epochs=5)
+REAL = Run(None, "lrquant", "w4a4", epochs=20)
 TINY = Run(Shape("tiny", 64, 172, 4, 2, 5), "lrquant", "w4a4", None, samples=4, length=64, batch_size=2, epochs=2)
 WIDTHS = tuple(Shape(f"width-{128 * heads}", 128 * heads, 344 * heads, heads, heads) for heads in (16, 64))
 
 PLANS: dict[str, list[Run]] = {
     "headline": [
-        replace(BASE, blocks=3, epochs=20),
+        replace(BASE, epochs=20),
         replace(BASE, memory="8GiB"),
-        replace(BASE, batch_size=1, epochs=2),  # as many steps as the originals make
         replace(BASE, engine="plain", epochs=2),
     ],
+    "steps": [replace(BASE, batch_size=1, epochs=2)],  # as many as the originals make
     "weights": [WEIGHTS, replace(WEIGHTS, engine="plain", epochs=2)],
-    "llama70b": [replace(BASE, shape=SHAPES["llama2-70b"])],
-    "huge": [HUGE, replace(HUGE, method="omniquant", scheme="w4a16")],
-    "growth": [
-        BASE,
-        *(replace(BASE, samples=samples) for samples in (32, 64, 256)),
-        *(replace(BASE, length=length) for length in (512, 1024, 4096)),
-        *(replace(BASE, shape=shape) for shape in WIDTHS),
-        *(replace(BASE, blocks=blocks) for blocks in (1, 3, 4)),
-    ],
+    "llama70b": [replace(BASE, shape=SHAPES["llama2-70b"], blocks=1, epochs=2)],
+    "huge": [replace(HUGE, method="omniquant", scheme="w4a16"), HUGE],
+    "samples": [replace(BASE, samples=samples) for samples in (32, 64, 128, 256)],
+    "length": [replace(BASE, length=length) for length in (512, 1024, 4096)],
+    "width": [replace(BASE, shape=shape) for shape in WIDTHS],
+    "blocks": [replace(BASE, blocks=blocks) for blocks in (1, 3, 4)],
     "gpus": [BASE, replace(BASE, processes=2, batch_size=2), replace(BASE, processes=2)],
-    "smollm2": [
-        replace(REAL, method=method, scheme=scheme, engine=engine)
-        for method, scheme in (("lrquant", "w4a4"), ("omniquant", "w4a16"))
+    "smollm2": [replace(REAL, engine=engine) for engine in ("auto", "plain")],
+    "parity": [
+        replace(REAL, method=method, scheme=scheme, engine=engine, epochs=5)
+        for method, scheme in (("omniquant", "w4a16"), ("lrquant", "w4a4"))
         for engine in ("auto", "plain")
+    ],
+    "presets": [
+        preset(REAL, "best"),
+        replace(REAL, method="omniquant"),
+        *(preset(replace(REAL, method=method), "fast") for method in ("lrquant", "omniquant")),
     ],
     "tiny": [TINY, replace(TINY, shape=None, epochs=1, length=32)],
 }
+PLANS["growth"] = [run for plan in ("samples", "length", "width", "blocks") for run in PLANS[plan]]
 Job = tuple[str, Run]  # of a plan
 
 
@@ -314,9 +330,12 @@ def probed_apart() -> dict[str, Any]:
 def planned(args: argparse.Namespace) -> list[Job]:
     """The runs of all plans, with what the command line changes in them, each once."""
     changes = {name: value for name in ("epochs", "blocks") if (value := getattr(args, name)) is not None}
+    chosen = {name: getattr(args, name) for name in ("method", "engine")}
     jobs: dict[str, Job] = {}
     for plan in args.plans:
         for run in PLANS[plan]:
+            if any(only is not None and getattr(run, name) != only for name, only in chosen.items()):
+                continue
             changed = replace(run, **changes)
             if run.shape is None and args.model is not None:
                 shape = shape_of(args.model)
@@ -354,6 +373,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, metavar="DIR", help="a real model, for smollm2")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="for its perplexity")
     parser.add_argument("--windows", type=int, help="windows of each text; all by default")
+    parser.add_argument("--method", help="only the plans' runs of this recipe")
+    parser.add_argument("--engine", help="only the plans' runs of this engine")
     parser.add_argument("--epochs", type=int, help="of every run, in place of the plan's")
     parser.add_argument("--blocks", type=int, help="of every random model, in place of the plan's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; more than one disturb each other's times")

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,10 +113,10 @@ def block_table(rows: list[Row]) -> str:
     epoch, real = SHAPES["llama2-7b"].learning_flops(128, 2048), SHAPES["llama2-7b"].blocks
     for old in ORIGINALS:
         cells = [f"{old.pace:.2f}", f"{60 * old.hours:.0f}", percent(epoch / old.pace / ORIGINALS_RATE)]
-        lines.append([old.system, f"{old.setting}, batch 1", *cells, f"{old.gigabytes:.1f} GB", NONE])
+        lines.append([old.system, f"{old.setting}, batch 1", *cells, f"{old.gigabytes:.1f} GB", NONE, NONE])
     for words, seconds in FLOOR:
         cells = [f"{seconds:.2f}", f"{real * 20 * seconds / 60:.0f}", percent(epoch / seconds / ORIGINALS_RATE)]
-        lines.append(["floor", words, *cells, NONE, NONE])
+        lines.append(["floor", words, *cells, NONE, NONE, NONE])
     heads = ["one block of Llama-2-7B", "setting", *FIGURES]
     return f"{markdown(heads, lines, words=2)}\n{SOURCE}\n"
 
@@ -172,25 +173,60 @@ def real_table(rows: list[Row]) -> str:
     for row in sorted(own, key=lambda row: (row["scheme"], row["method"], row["epochs"], row["engine"] or "")):
         ppl = [short(row["ppl"][name]) if name in row.get("ppl", {}) else NONE for name in texts]
         learned = mean_ratio(row["each_block"])
-        cells = [row["shape"]["name"], f"{row['method']} {row['scheme']}", engine(row), str(row["epochs"])]
+        recipe = f"{row['method']} {row['scheme']}" + (f", {row['preset']}" if row.get("preset") else "")
+        cells = [row["shape"]["name"], recipe, engine(row), f"{row['epochs']}, {row['batch_size']}"]
         cells += [*ppl, NONE if learned is None else f"{learned:.4f}"]
-        lines.append([*cells, f"{row['seconds_per_block_epoch']:.2f} ({row['jobs_at_once']})"])
-    heads = ["model", "recipe", "engine", "epochs", *(f"{name} ppl" for name in texts)]
-    heads += ["loss after / before, mean", "s per block-epoch (runs at once)"]
-    return markdown(heads, lines, words=3)
+        cells += [f"{row['seconds_per_block_epoch']:.3f} ({row['jobs_at_once']})", f"{row['seconds_wall']:.0f}"]
+        lines.append(cells)
+    heads = ["model", "recipe", "engine", "epochs, batch", *(f"{name} ppl" for name in texts)]
+    heads += ["loss after / before, mean", "s per block-epoch (runs at once)", "s in all"]
+    found = [curve_words(row, other) for row in own for other in own if same_calibration(row, other)]
+    return markdown(heads, lines, words=3) + "".join(f"\n{words}\n" for words in found)
 
 
-FIGURES = ["s per block-epoch", "whole model, min (extrapolated)", "of the bf16 rate", "peak GPU GiB", "peak host GiB"]
+def same_calibration(row: Row, other: Row) -> bool:
+    """Whether `other` is the calibration of `row` made again, by `plain` or once more by the same engine."""
+    left_out = ("engine", "shape", "preset")
+    same = all(row[name] == other[name] for name in settings(row) if name not in left_out)
+    again = (row["engine"], other["engine"]) in (("auto", "plain"), ("auto", "auto")) and row["name"] != other["name"]
+    return same and row["shape"] == other["shape"] and again and (other["engine"] == "plain" or bool(other["preset"]))
+
+
+def curve_words(row: Row, other: Row) -> str:
+    """How far the loss curves of two runs are apart, in the first third of the blocks and in all."""
+    curves = [
+        [ours / theirs - 1 for ours, theirs in zip(one["epoch_losses"], two["epoch_losses"], strict=True) if theirs]
+        for one, two in zip(row["each_block"], other["each_block"], strict=True)
+        if "epoch_losses" in one and "epoch_losses" in two
+    ]
+    if not curves:
+        return ""
+    kind = "`auto` and `plain`" if other["engine"] == "plain" else "two runs of `auto`"
+    parts = [
+        f"{100 * statistics.median(map(abs, found)):.2g} % in the median and {100 * max(map(abs, found)):.2g} % at most"
+        for blocks in (curves[: max(len(curves) // 3, 1)], curves)
+        if (found := [pair for block in blocks for pair in block])
+    ]
+    return (
+        f"{row['shape']['name']} {row['method']} {row['scheme']}, {row['epochs']} epochs: the losses of {kind}, block "
+        f"by block and epoch by epoch, differ by {parts[0]} in the first third of the blocks, by {parts[-1]} in all."
+    )
+
+
+FIGURES = ["s per block-epoch", "whole model, min (extrapolated)", "of the bf16 rate"]
+FIGURES += ["peak GPU GiB", "GPU GiB reserved", "peak host GiB"]
 
 
 def figures(row: Row) -> list[str]:
     """The cells of FIGURES."""
-    whole = row.get("extrapolated_seconds_of_model")
+    alone = row["blocks"] == 1  # a first block, which carries compiling
+    whole = None if alone else row.get("extrapolated_seconds_of_model")
     return [
-        f"{row['seconds_per_block_epoch']:.2f}",
+        f"{row['seconds_per_block_epoch']:.2f}" + (" with compiling" if alone else ""),
         NONE if whole is None else f"{whole / 60:.1f}",
-        percent(row.get("share_of_bf16_rate")),
+        percent(None if alone else row.get("share_of_bf16_rate")),
         gib(row.get("peak_gpu_bytes")),
+        gib(row.get("peak_gpu_reserved_bytes")),
         gib(row.get("peak_host_bytes")),
     ]
 

@@ -72,13 +72,13 @@ def main() -> int:
         block = source.block(index, device)
         ranges = streams.teach(block, source.layout, model.objective.targets)
         task = model.block_task(index, model.student(block, source), source, ranges, streams)
-        finished = finish_block(task, streams)
-        row = {"block": index + 1, **shares(finished.output, streams.targets["fp"])}
+        _, output = finish_block(task, streams, source.layout, ranges)
+        row = {"block": index + 1, **shares(output, streams.targets["fp"])}
         print({key: round(value, 4) for key, value in row.items()}, flush=True)
         if args.results:
             with open(args.results, "a", encoding="utf-8") as sink:
                 sink.write(json.dumps({**row, "command": command, **machine()}) + "\n")
-        streams.advance(finished.output)
+        streams.advance(output)
     return 0
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,13 +98,112 @@ def learned(run_dir: Path) -> list[dict[str, torch.Tensor]]:
     return [{k: v for k, v in load_file(file).items() if k.startswith("learned.")} for file in files]
 
 
-def fit_command(run_dir: Path, source: Path, text: Path, *extra: str) -> list[str]:
+def fit_command(run_dir: Path, source: Path, text: Path, *extra: str, scheme: str = "w4a16") -> list[str]:
     return [
-        *(sys.executable, str(ROOT / "cli.py"), "fit", "-c", "methods/lrquant", "-c", "schemes/w4a16"),
+        *(sys.executable, str(ROOT / "cli.py"), "fit", "-c", "methods/lrquant", "-c", f"schemes/{scheme}"),
         *("--model.source", str(source), "--data.text", str(text), "--data.length", "128", "--data.samples", "16"),
         *("--trainer.accelerator", "gpu", "--trainer.max_epochs", "3", "--model.matmul", "highest"),
         *("--trainer.default_root_dir", str(run_dir), *extra),
     ]
+
+
+def fitted(args: list[str]) -> str:
+    """Runs the command, which must end well, and returns what it said."""
+    done = subprocess.run(args, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stderr
+
+
+def blocks_noted(run_dir: Path) -> list[dict[str, Any]]:
+    blocks = json.loads((run_dir / "ledger/manifest.json").read_text())["blocks"]
+    return [blocks[str(index)] for index in range(len(blocks))]
+
+
+def fit_metrics(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "metrics.json").read_text())["fit"]
+
+
+def assert_close_losses(run_dir: Path, other: Path, rel: float) -> None:
+    for block, expected in zip(blocks_noted(run_dir), blocks_noted(other), strict=True):
+        assert block["steps"] == expected["steps"]
+        for key in ("loss", "loss_start", "loss_learned", "mse"):
+            assert block[key] == pytest.approx(expected[key], rel=rel), key
+
+
+# Engines: a last bit can be another code, of a weight at once, of an activation in all that follows
+
+
+@pytest.mark.parametrize(
+    ("scheme", "precision", "rel"),
+    [("w3a16", "32-true", 2e-2), ("w4a4", "32-true", 0.1), ("w4a4", "bf16-mixed", 0.1)],
+)
+def test_captured_steps_learn_what_plain_ones_learn(
+    tmp_path: Path, stories_dir: Path, shared_dir: Path, scheme: str, precision: str, rel: float
+) -> None:
+    text = shared_dir / "data/text/tinystories-test.jsonl"
+    for engine in ("plain", "auto"):
+        more = ("--model.engine", engine, "--trainer.precision", precision)
+        said = fitted(fit_command(tmp_path / engine, stories_dir, text, *more, scheme=scheme))
+        assert "engine:" not in said
+        assert fit_metrics(tmp_path / engine)["skipped_steps"] == 0
+    assert_close_losses(tmp_path / "auto", tmp_path / "plain", rel)
+    assert sum(block["loss"] < block["loss_start"] for block in blocks_noted(tmp_path / "auto")) >= 2
+
+
+def test_a_captured_run_that_is_stopped_goes_on(tmp_path: Path, stories_dir: Path, shared_dir: Path) -> None:
+    """In its first block, most likely while the step is compiled: then the first step is the last one of before."""
+    text = shared_dir / "data/text/tinystories-test.jsonl"
+    long = ("--trainer.max_epochs", "60")
+    run_dir, whole = tmp_path / "run", tmp_path / "whole"
+    args = fit_command(run_dir, stories_dir, text, *long, scheme="w3a16")
+    with subprocess.Popen(args, stderr=subprocess.PIPE, text=True) as process:
+        while not list((run_dir / "tensorboard").glob("events*")):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=300)  # compiling is not interrupted
+    assert process.returncode == 143, err[-2000:]
+    assert err.splitlines()[-1] == "ptql: stopped; the same command goes on from here"
+    assert len(list((run_dir / "ledger").glob("partial-00000-*.ckpt"))) == 1
+    said = fitted(args)
+    assert "ptql: block 1/5: goes on from partial-00000-" in said
+    assert "engine:" not in said
+    assert "engine:" not in fitted(fit_command(whole, stories_dir, text, *long, scheme="w3a16"))
+    assert [block["steps"] for block in blocks_noted(run_dir)] == [block["steps"] for block in blocks_noted(whole)]
+    assert_close_losses(run_dir, whole, 5e-2)
+
+
+def test_a_captured_run_that_is_killed_goes_on(tmp_path: Path, stories_dir: Path, shared_dir: Path) -> None:
+    """Saved after every epoch, killed when the second block has begun."""
+    run_dir, text = tmp_path / "run", shared_dir / "data/text/tinystories-test.jsonl"
+    saves = ("--trainer.callbacks", "ptql.callbacks.BlockCheckpoint", "--trainer.callbacks.every_seconds", "0")
+    args = fit_command(run_dir, stories_dir, text, "--trainer.max_epochs", "200", *saves, scheme="w3a16")
+    with subprocess.Popen(args, stderr=subprocess.DEVNULL) as process:
+        while not list((run_dir / "ledger").glob("partial-00001-*.ckpt")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert (run_dir / "ledger/block-00000.safetensors").exists()
+    assert len(list((run_dir / "ledger").glob("block-*"))) < 5
+    said = fitted(args)
+    assert "goes on from partial-" in said
+    assert "engine:" not in said
+    assert [block["steps"] for block in blocks_noted(run_dir)] == [200 * 4] * 5
+
+
+def test_streams_on_the_host_give_what_those_on_the_gpu_give(
+    tmp_path: Path, stories_dir: Path, shared_dir: Path
+) -> None:
+    """Three streams of 4,096 windows are 384 MiB; of the 950 MiB, 600 MiB are kept for CUDA itself."""
+    text = shared_dir / "data/text/tinystories-test.jsonl"
+    more = ("--data.samples", "4096", "--data.batch_size", "16", "--trainer.max_epochs", "1")
+    for name, memory in (("gpu", ()), ("host", ("--data.memory", "950MiB"))):
+        assert "engine:" not in fitted(fit_command(tmp_path / name, stories_dir, text, *more, *memory, scheme="w3a16"))
+    assert_close_losses(tmp_path / "host", tmp_path / "gpu", 1e-2)
+    first, other = (blocks_noted(tmp_path / name)[0] for name in ("host", "gpu"))
+    assert first["loss_start"] == pytest.approx(other["loss_start"], rel=1e-4)  # nothing is learned in it
+    on_host, on_gpu = (fit_metrics(tmp_path / name)["peak_gpu_bytes"] for name in ("host", "gpu"))
+    assert on_host + 2 * 4096 * 128 * 64 * 4 < on_gpu
 
 
 def test_too_little_memory_is_said_before_the_run(stories_dir: Path, tmp_path: Path) -> None:
@@ -123,15 +223,20 @@ SPREAD = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_s
 
 
 @two_gpus
+@pytest.mark.parametrize("engine", ["plain", "auto"])
 def test_two_gpus_learn_what_one_learns_on_the_same_global_batch(
-    tmp_path: Path, stories_dir: Path, shared_dir: Path
+    tmp_path: Path, stories_dir: Path, shared_dir: Path, engine: str
 ) -> None:
+    """No rounded activations: they make a last bit a jump."""
     text = shared_dir / "data/text/tinystories-test.jsonl"
     for name, more in (("one", ("--data.batch_size", "4")), ("two", SPREAD)):
-        subprocess.run(fit_command(tmp_path / name, stories_dir, text, *more), check=True)
+        args = fit_command(tmp_path / name, stories_dir, text, *more, "--model.engine", engine, scheme="w3a16")
+        assert "engine:" not in fitted(args)
+    assert_close_losses(tmp_path / "two", tmp_path / "one", 1e-2)
     for mine, theirs in zip(learned(tmp_path / "one"), learned(tmp_path / "two"), strict=True):
         for name, value in mine.items():
-            torch.testing.assert_close(theirs[name], value, rtol=1e-2, atol=1e-3)
+            far = (theirs[name] - value).abs() > 1e-3 + 1e-2 * value.abs()
+            assert far.float().mean() < 0.01, name  # a code that flips moves the clipping of its own row only
 
 
 @two_gpus

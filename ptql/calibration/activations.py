@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +164,11 @@ class Streams:
         """
         tensors = {"input": self.quantised, **self.targets}
         batches = batches_on(self.device, tensors, self._at_once(self.quantised), torch.float32)
-        with Writer(self.quantised if out is None else out, self.device) as writer:
+        with nullcontext() if out is None else Writer(out, self.device) as writer:
             for index, batch in enumerate(batches):
                 made = call_block(student, batch["input"], self.context, weights)
-                if out is not None:
-                    writer.put(index * self._at_once(out), made)
+                if writer is not None:
+                    writer.put(index * self._at_once(self.quantised), made)
                 parts = {name: tensor.split(self.batch_size) for name, tensor in {**batch, "output": made}.items()}
                 yield from (dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True))
 

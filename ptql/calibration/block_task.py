@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from ptql.engine.engine import Engine
-from ptql.engine.step import Step, plain_groups
+from ptql.engine.step import CaptureError, Step, plain_groups
 from ptql.functional.scaled import Scaled
 from ptql.nn.quant_linear import QuantLinear
 from ptql.nn.student import call_block, weights_of
@@ -63,6 +63,8 @@ class BlockTask(LightningModule):
         self.seed: int | None = None
         """Of random numbers while learning; None leaves them as they are."""
         self.skipped_steps = 0
+        self.epoch_losses: list[float] = []
+        """Mean loss of each epoch so far."""
         self.best_epoch: int | None = None
         self.best_loss = float("inf")
         self._best: dict[str, Tensor] | None = None
@@ -92,7 +94,7 @@ class BlockTask(LightningModule):
     def folded_weights(self, scaled: bool = False) -> Weights:
         """The block's weights after the transforms: the same function, in other weights; float32.
 
-        With `scaled`, the matrices of linear layers are not multiplied out.
+        With `scaled`, the matrices of linear layers are not multiplied out, as far as the transforms can do without.
         """
         weights = weights_of(self.student)
         for name, weight in weights.items():
@@ -101,6 +103,8 @@ class BlockTask(LightningModule):
             elif weight.is_floating_point() and weight.dtype != torch.float64:
                 weights[name] = weight.float()
         for transform in self.transforms:
+            if not transform.takes_scaled:
+                weights = {name: w.dense() if isinstance(w, Scaled) else w for name, w in weights.items()}
             weights = transform(weights)
         return weights
 
@@ -192,13 +196,17 @@ class BlockTask(LightningModule):
         assert self._step is not None
         try:
             return self._step.micro_batch(batch)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # of torch.compile, of the capture: of any type
-            if self._engine is None or not self._step.can_fail:
-                raise
-            self._step = self._engine.failed(self, self.trainer.optimizers[0], self.trainer, error)
-            return self._step.micro_batch(batch)
+        except CaptureError as error:
+            reason, failed, self._step = str(error), self._step, None
+        # here, where the error holds nothing of what was tried any more
+        assert self._engine is not None
+        self.skipped_steps += failed.take_skipped()
+        self._step = self._engine.failed(self, self.trainer.optimizers[0], self.trainer, reason)
+        return self._step.micro_batch(batch)
+
+    def release_step(self) -> None:
+        """Let go of what computed the steps, and of its memory."""
+        self._step = None
 
     # Lightning's parts of a step, which are inside the engine's
 
@@ -245,6 +253,7 @@ class BlockTask(LightningModule):
         loss = self.trainer.strategy.reduce(self.epoch_loss.clone(), reduce_op="mean").item() / batches
         if self._step is not None:
             self.skipped_steps += self._step.take_skipped()
+        self.epoch_losses.append(loss)
         self.project()
         if loss < self.best_loss:
             self.best_loss, self.best_epoch = loss, self.trainer.current_epoch
@@ -270,6 +279,7 @@ class BlockTask(LightningModule):
             "best_epoch": self.best_epoch,
             "best_loss": self.best_loss,
             "epoch_loss": self.epoch_loss,
+            "epoch_losses": self.epoch_losses,
             "skipped_steps": self.skipped_steps,
         }
 
@@ -278,6 +288,7 @@ class BlockTask(LightningModule):
         self._best = state["best"]
         self.best_epoch, self.best_loss = state["best_epoch"], state["best_loss"]
         self.epoch_loss = state["epoch_loss"]
+        self.epoch_losses = state["epoch_losses"]
         self.skipped_steps = state["skipped_steps"]
 
     def configure_optimizers(self) -> Optimizer:

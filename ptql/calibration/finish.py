@@ -51,6 +51,7 @@ def finish_block(
         kept.summary["skipped_steps"] = task.skipped_steps
     if task.best_epoch is not None:
         kept.summary |= {"loss_learned": task.best_loss, "best_epoch": task.best_epoch}
+        kept.summary["epoch_losses"] = [float(f"{loss:.6g}") for loss in task.epoch_losses]
     kept.summary["layers"] = _weight_errors(task, kept)
     kept.ranges |= {f"before.{group[0]}": before[group[0]].absmax for group in layout.linears}
     return kept, output

@@ -66,11 +66,7 @@ class Budget:
     processes: int = 1
 
     def place(self, device: torch.device, stream_bytes: int, streams: int, work_bytes: int | None = None) -> Place:
-        """Where streams of this size lie for a process that works on `device`.
-
-        Raises:
-            InputError: Work on a block alone takes more than the GPU's memory that was granted.
-        """
+        """Where streams of this size lie for a process that works on `device`."""
         host = self._host_bytes()
         if device.type != "cuda":
             return resting_place(stream_bytes, streams, 0, None, host)
@@ -85,6 +81,14 @@ class Budget:
         place = resting_place(stream_bytes, streams, work_bytes, gpu, host)
         # PyTorch's pinned memory comes in powers of two
         return place if place == "device" else resting_place(_power_of_two(stream_bytes), streams, 0, None, host)
+
+    def check_work(self, work_bytes: int) -> None:
+        """Raise `InputError` if work on a block alone takes more than the GPU's memory that was granted."""
+        if self.memory is not None and work_bytes + CONTEXT_BYTES > self.memory:
+            raise InputError(
+                f"memory={_gib(self.memory)}: work on a block takes {_gib(work_bytes + CONTEXT_BYTES)} of the GPU; "
+                "leave --data.memory out, or use a smaller --data.batch_size or --data.length"
+            )
 
     def _gpu_bytes(self, device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)

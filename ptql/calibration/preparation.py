@@ -183,7 +183,10 @@ def prepare(trainer: BlockTrainer, model: QuantLM, data: CalibrationData) -> Pla
         if dropped is not None:
             print(f"ptql: {dropped}")
         if trainer.dry_run_only or not plan.ledger(trainer.run_dir).manifest["blocks"]:
-            return replace(plan, work_bytes=_dry_run(trainer, model, plan))
+            measured = _dry_run(trainer, model, plan)
+            if measured is not None:
+                budget.check_work(measured)
+                plan = replace(plan, work_bytes=measured * model.engine.memories)
     return plan
 
 

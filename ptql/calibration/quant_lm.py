@@ -19,7 +19,7 @@ from ptql.checkpoint import Checkpoint, resolve
 from ptql.engine.engine import Engine, EngineName
 from ptql.errors import InputError
 from ptql.formats.ptql import PackedFormat
-from ptql.nn.student import biased_linears, keep_as_stored, make_student, weights_of
+from ptql.nn.student import biased_linears, keep_narrow, make_student, weights_of
 from ptql.parts import settings
 from ptql.parts.activations import ActivationQuantizer, DynamicTokens, TokenRounding
 from ptql.parts.objectives import Objective, Reconstruction
@@ -46,9 +46,9 @@ class QuantLM(LightningModule):
         activation_quantizer: Rounds activations.
         objective: The loss of a block.
         optimizer: Learns the parameters of transforms and weight quantisers.
-        engine: How a step is computed. `auto`: on a GPU fused, compiled and captured as a CUDA graph, with what can't
-            be said and left out; on a CPU plain. `eager`: the same, launched piece by piece. `plain`: torch
-            operations in float32, the reference.
+        engine: How a step is computed. `auto`: on a GPU by fused kernels, compiled and captured as CUDA graphs (what
+            can't be captured is computed in another way, and said), on a CPU as `plain`. `eager`: the same pieces,
+            neither compiled nor captured. `plain`: torch operations in float32, the reference.
         matmul: Precision of float32 matrix products on a GPU: `high` is TF32, `highest` is float32. What is folded
             and rounded is computed in float32 either way.
     """
@@ -167,7 +167,7 @@ class QuantLM(LightningModule):
             self.engine,
         )
         if self.engine.kernels(next(student.parameters()).device):
-            keep_as_stored(student, source.dtype())
+            keep_narrow(student)
         return task.to(next(student.parameters()).device)
 
 

@@ -125,11 +125,13 @@ class BlockTrainer(Trainer):
         self._notify("on_model_start", model)
         todo = [index for index in range(self.num_blocks) if index not in finished]
         streams = self._streams(model, plan) if todo else None
-        with BlockReader(plan.source, self.strategy.root_device) as reader:
-            self._each_block(model, plan, streams, reader, todo)
-        if streams is not None:
-            streams.close()
-        model.engine.forget()
+        try:
+            with BlockReader(plan.source, self.strategy.root_device) as reader:
+                self._each_block(model, plan, streams, reader, todo)
+        finally:
+            if streams is not None:
+                streams.close()
+            model.engine.forget()
         if self.is_global_zero:
             write_model(plan.source, plan.stored_as, self.ledger, self.run_dir / MODEL)
             self._write_results(model, plan, time.monotonic() - began)
@@ -170,6 +172,8 @@ class BlockTrainer(Trainer):
 
     def _streams(self, model: QuantLM, plan: Plan) -> Streams:
         device = self.strategy.root_device
+        # the first process has measured it, and all of them should decide alike
+        work_bytes = int(self.ranks.largest(torch.tensor(float(plan.work_bytes or 0))).item())
         return Streams(
             plan.source.shell(),
             self.ranks.share(plan.windows),
@@ -180,7 +184,7 @@ class BlockTrainer(Trainer):
             budget=plan.budget,
             folder=self.run_dir,
             at_a_time=streams_at_a_time(model),
-            work_bytes=plan.work_bytes,
+            work_bytes=work_bytes or None,
         )
 
     def _block(
@@ -236,7 +240,10 @@ class BlockTrainer(Trainer):
         else:
             self._say(f"block {self.block + 1}/{self.num_blocks}: goes on from {checkpoint.name}")
         self.signals.learning = True
-        super().fit(task, train_dataloaders=streams.batches(), ckpt_path=checkpoint, weights_only=True)
+        try:
+            super().fit(task, train_dataloaders=streams.batches(), ckpt_path=checkpoint, weights_only=True)
+        finally:
+            task.release_step()
         self.signals.learning = False
         task.load_best()  # Lightning leaves its hooks out where the checkpoint is of the last epoch's end
         if self.ranks.any(self.signals.received is not None):  # after the last look inside

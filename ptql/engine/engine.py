@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Hashable
 from dataclasses import replace
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 EngineName = Literal["auto", "eager", "plain"]
 KEPT = 2  # shapes of blocks whose graphs are kept: some models have two kinds, none has more
 STEP_HOOKS = (
-    *("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"),
-    *("optimizer_step",),
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_before_zero_grad",
 )
 """Hooks of callbacks that look between the parts of a step, which only a plain step has."""
 
@@ -50,6 +53,11 @@ class Engine:
         """Whether a student on this device rounds by fused kernels, and keeps its matrices as they are stored."""
         return self.name == "eager" or (self.name == "auto" and device.type == "cuda")
 
+    @property
+    def memories(self) -> int:
+        """How many times the memory of a step is held: graphs keep their own, beside that of everything else."""
+        return 2 if self.name == "auto" else 1
+
     def stream_dtype(self, device: torch.device, trainer: Any) -> torch.dtype:
         """In which hidden states lie between blocks: as wide as the products that read them, where these are narrow."""
         narrow = self.kernels(device) and device.type == "cuda" and str(trainer.precision) == "bf16-mixed"
@@ -62,7 +70,7 @@ class Engine:
             half=torch.bfloat16 if precision == "bf16-mixed" else None,
             accumulate=trainer.accumulate_grad_batches,
             clip=trainer.gradient_clip_val or None,
-            clip_by="value" if str(trainer.gradient_clip_algorithm or "norm").endswith("value") else "norm",
+            clip_by="value" if trainer.gradient_clip_algorithm == "value" else "norm",
             processes=trainer.world_size,
             compiled=self.name == "auto" and self._captures,
         )
@@ -84,6 +92,7 @@ class Engine:
             return known
         while len(self._graphed) >= KEPT:
             self._graphed.pop(next(iter(self._graphed)))
+            gc.collect()
         self._graphed[key] = step = GraphedStep(task, optimizer, settings)
         return step
 
@@ -93,16 +102,17 @@ class Engine:
             return None
         return Step(task, optimizer, replace(self.settings(trainer), processes=1, compiled=False))
 
-    def failed(self, task: BlockTask, optimizer: Optimizer, trainer: Any, error: Exception) -> Step:
+    def failed(self, task: BlockTask, optimizer: Optimizer, trainer: Any, reason: str) -> Step:
         """After compiling or capturing failed, before anything was learned of the step in hand: go on without."""
         self._captures = False
-        self._graphed.clear()
-        self._tell(trainer, f"engine: eager, as the step can't be captured ({_first_line(error)})")
+        self.forget()
+        self._tell(trainer, f"engine: eager, as the step can't be captured ({reason[:200]})")
         return Step(task, optimizer, self.settings(trainer))
 
     def forget(self) -> None:
         """Let go of all graphs and their memory."""
         self._graphed.clear()
+        gc.collect()  # they hold each other
 
     def _tell(self, trainer: Any, line: str) -> None:
         if trainer.is_global_zero and line not in self._told:
@@ -117,11 +127,7 @@ def _plain_because(optimizer: Optimizer, trainer: Any) -> str | None:
         return "16-mixed scales its losses on the host (bf16-mixed does not)"
     for callback in trainer.callbacks:
         for hook in STEP_HOOKS:
-            own = getattr(type(callback), hook, None)
+            own = getattr(callback, hook, None)  # of its class, or its own, as a LambdaCallback's
             if own is not None and own.__module__.split(".")[0] not in ("lightning", "pytorch_lightning"):
                 return f"{type(callback).__name__}.{hook} looks inside a step"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -46,6 +46,10 @@ class StepSettings:
     compiled: bool = False
 
 
+class CaptureError(RuntimeError):
+    """A step can't be compiled or captured; nothing was learned of the batch in hand."""
+
+
 @dataclass(frozen=True)
 class Folded:
     """The weights of a step.
@@ -75,7 +79,7 @@ class Step:
 
     def __init__(self, task: BlockTask, optimizer: Optimizer, settings: StepSettings) -> None:
         self.task, self.optimizer, self.settings = task, optimizer, settings
-        self.device = task.device
+        self.device, self.context = task.device, task.context
         self._weights = StepWeights(task, settings.half or torch.float32)
         self._learnables = parameters_of(optimizer)
         self._flat = torch.zeros(sum(p.numel() for p in self._learnables), device=self.device)
@@ -93,9 +97,7 @@ class Step:
         """Of the batch in hand."""
         self._fold: Hashable = None
         """Which folding the step in hand began with."""
-        forward = self._forward
-        self._compute: Callable[..., Any] = torch.compile(forward, dynamic=False) if settings.compiled else forward
-        make_capturable(optimizer, self.captured)
+        make_capturable(optimizer, self.captured and self.device.type == "cuda")
         self._state = filled_state(optimizer)
         for parameter, state in zip(self._learnables, self._state, strict=True):
             optimizer.state[parameter] = dict(state)
@@ -126,13 +128,14 @@ class Step:
         self._batches = 0
         self._run(("gradients", self._fold), self.gradients)
         if self.settings.processes > 1:
-            torch.distributed.all_reduce(self._flat)
+            self._share()
         self._run(("update",), self.update)
 
     captured = False
     """Whether pieces are captured, and run more than once for that."""
-    can_fail = False
-    """Whether a batch may fail though the same step would not without compiling and capturing."""
+
+    def _share(self) -> None:
+        torch.distributed.all_reduce(self._flat)
 
     def take_skipped(self) -> int:
         """How many steps were skipped since this was asked last; waits for the device."""
@@ -148,7 +151,7 @@ class Step:
     def fold(self) -> None:
         """Bring the learnables back to where they are allowed, and make the weights of this step."""
         self.task.project()
-        with torch.enable_grad():
+        with torch.enable_grad(), self._in_float32():
             made = self._weights.make()
         self._folded[self._fold] = folded = Folded(
             {name: tensor for name, tensor in made.items() if tensor.requires_grad},
@@ -164,7 +167,7 @@ class Step:
         """Forward and backward of the block, to the gradients of the step's weights."""
         folded = self._folded[self._fold]
         with torch.enable_grad(), merged_products(self.task.student), self._autocast():
-            loss, terms = self._compute(folded.leaves, batch)
+            loss, terms = self._forward(folded.leaves, batch)
         leaves = [folded.leaves[name] for name in folded.made]
         by_weight = torch.autograd.grad(loss, leaves, allow_unused=True)
         if self.settings.accumulate > 1:
@@ -183,13 +186,14 @@ class Step:
         by_weight = self._sums if self.settings.accumulate > 1 else self._by_weight[self._shape]
         made = self._folded[self._fold].made.values()
         pairs = [(tensor, grad) for tensor, grad in zip(made, by_weight, strict=True) if grad is not None]
-        found = torch.autograd.grad(
-            [tensor for tensor, _ in pairs],
-            self._learnables,
-            [grad.to(tensor.dtype) for tensor, grad in pairs],
-            retain_graph=self.captured,  # pieces are tried before they are captured
-            allow_unused=True,
-        )
+        with self._in_float32():
+            found = torch.autograd.grad(
+                [tensor for tensor, _ in pairs],
+                self._learnables,
+                [grad.to(tensor.dtype) for tensor, grad in pairs],
+                retain_graph=self.captured,  # pieces are tried before they are captured
+                allow_unused=True,
+            )
         filled = [
             torch.zeros_like(p) if grad is None else grad for p, grad in zip(self._learnables, found, strict=True)
         ]
@@ -214,11 +218,15 @@ class Step:
             learnable.grad = None
 
     def _forward(self, weights: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        output = call_block(self.task.student, batch["input"].float(), self.task.context, weights)
+        output = call_block(self.task.student, batch["input"].float(), self.context, weights)
         objective = self.task.objective
         targets: Targets = {name: batch[name] for name in objective.targets}
         terms = objective.terms(output, targets)
         return total(terms), terms
+
+    def _in_float32(self) -> Any:
+        """Without the autocast in which a trainer may call: what is folded and rounded is computed in float32."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def _autocast(self) -> Any:
         half = self.settings.half

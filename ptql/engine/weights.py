@@ -54,9 +54,13 @@ class StepWeights:
                 made[f"{group[0]}.bias"] = biases[0] if len(biases) == 1 else torch.cat(biases)
         return made | weights
 
-    def _rounded(self, name: str, matrix: Scaled, out: Tensor) -> Tensor:
+    def _rounded(self, name: str, matrix: Scaled | Tensor, out: Tensor) -> Tensor:
         quantizer = self._task.quantizer(name)
-        return write_into(matrix.dense(), out) if quantizer is None else quantizer.fake_into(matrix, out)
+        if quantizer is None:
+            return write_into(matrix if isinstance(matrix, Tensor) else matrix.dense(), out)
+        if isinstance(matrix, Tensor):  # a transform did more than scale it
+            return write_into(quantizer.fake(matrix), out)
+        return quantizer.fake_into(matrix, out)
 
 
 def _groups(student: nn.Module) -> list[dict[str, QuantLinear]]:

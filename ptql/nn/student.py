@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -60,11 +61,15 @@ def make_student(
     return block
 
 
-def keep_as_stored(block: nn.Module, dtype: torch.dtype) -> None:
-    """Hold the matrices of the linear layers in the dtype of the model's files, which loses nothing."""
+def keep_narrow(block: nn.Module) -> None:
+    """Hold each matrix of a linear layer in bfloat16 or float16 where that loses nothing: as most models are stored."""
     for module in block.modules():
-        if isinstance(module, QuantLinear):
-            module.weight.data = module.weight.data.to(dtype)
+        if isinstance(module, QuantLinear) and module.weight.dtype == torch.float32:
+            for dtype in (torch.bfloat16, torch.float16):
+                narrow = module.weight.data.to(dtype)
+                if torch.equal(narrow.float(), module.weight.data):
+                    module.weight.data = narrow
+                    break
 
 
 def weights_of(block: nn.Module) -> Weights:
@@ -90,7 +95,7 @@ def run_block(
     """The block's output for all samples [samples, tokens, hidden], a batch at a time, where `hidden` lies.
 
     Args:
-        block: Given batches in float32 (float64 if it is in float64), whatever the dtype of `hidden` is.
+        block: Given batches in the widest dtype of its parameters, whatever that of `hidden` is.
         hidden: Before the block.
         context: Keyword arguments of the block.
         batch_size: Samples at a time.
@@ -98,7 +103,8 @@ def run_block(
         out: Gets the output; may be `hidden`.
     """
     own = next(block.parameters())
-    dtype = torch.promote_types(own.dtype, torch.float32)  # a student holds its matrices as they are stored
+    # a student holds its matrices as they are stored, and everything else in float32
+    dtype = reduce(torch.promote_types, {parameter.dtype for parameter in block.parameters()})
     out = torch.empty_like(hidden, pin_memory=hidden.is_pinned()) if out is None else out
     with Writer(out, own.device) as writer:
         for index, batch in enumerate(batches_on(own.device, {"input": hidden}, batch_size, dtype)):

@@ -182,11 +182,11 @@ def test_our_rows_stand_before_the_originals() -> None:
     fell_back = row(replace(BASE, memory="8GiB"), 0.9, engine_told=["engine: eager, as the step can't be captured (x)"])
     lines = cells(calibration_tables.block_table([*ours, fell_back]))
     assert [line[0] for line in lines[2:5]] == ["ptql auto", "ptql plain", "ptql auto (fell back to eager)"]
-    assert lines[2][1:] == ["lrquant w4a4, batch 4", "0.75", "9.1", "63 %", "6.0", "5.0"]  # the longer of two
+    assert lines[2][1:] == ["lrquant w4a4, batch 4", "0.75", "9.1", "63 %", "6.0", "–", "5.0"]  # the longer of two
     assert lines[4][1] == "lrquant w4a4, batch 4, data in 8GiB"
     assert [line[0] for line in lines[5:]] == [old.system for old in ORIGINALS] + ["floor", "floor"]
-    assert {len(line) for line in lines} == {7}
-    assert lines[5] == ["OmniQuant", "w4a4, batch 1", "6.64", "72", "6 %", "13.0 GB", "–"]
+    assert {len(line) for line in lines} == {8}
+    assert lines[5] == ["OmniQuant", "w4a4, batch 1", "6.64", "72", "6 %", "13.0 GB", "–", "–"]
 
 
 def test_originals_are_what_was_measured(shared_dir: Path) -> None:
@@ -219,14 +219,37 @@ def test_real_models_show_perplexity_and_loss() -> None:
     halved = [{"loss": 0.5, "loss_start": 1.0}, {"loss": 0.02, "loss_start": 0.04}]
     run = replace(REAL, real=True)
     shown = calibration_tables.real_table([row(run, 1.0, each_block=halved, ppl={"wikitext2": 108.7875})])
-    assert cells(shown)[2] == ["SmolLM2", "lrquant w4a4", "ptql auto", "5", "108.8", "0.5000", "1.00 (1)"]
+    assert cells(shown)[2] == ["SmolLM2", "lrquant w4a4", "ptql auto", "20, 4", "108.8", "0.5000", "1.000 (1)", "30"]
+
+
+def test_loss_curves_of_two_engines_are_compared() -> None:
+    curves = [
+        [{"epoch_losses": [1.01, 0.495]}, {"epoch_losses": [2.0]}],
+        [{"epoch_losses": [1.0, 0.5]}, {"epoch_losses": [2.0]}],
+    ]
+    runs = [replace(REAL, real=True, engine=engine) for engine in ("auto", "plain")]
+    rows = [row(run, 1.0, each_block=curve) for run, curve in zip(runs, curves, strict=True)]
+    shown = calibration_tables.real_table(rows)
+    assert (
+        "the losses of `auto` and `plain`, block by block and epoch by epoch, differ by 1 % in the median and 1 % at "
+        "most in the first third of the blocks, by 1 % in the median and 1 % at most in all." in shown
+    )
+    assert calibration_tables.curve_words(row(), row()) == ""
+    again = [row(run, 1.0, each_block=curves[0]) for run in (runs[0], replace(runs[0], preset="fast"))]
+    assert "the losses of two runs of `auto`" in calibration_tables.real_table(again)
+
+
+def test_a_single_block_is_not_made_into_a_model() -> None:
+    lines = cells(calibration_tables.other_table([row(run) for run in PLANS["llama70b"]]))
+    assert lines[2][3].endswith(" with compiling")
+    assert lines[2][4:6] == ["–", "–"]
 
 
 def test_other_shapes_have_a_table() -> None:
     runs = [*PLANS["llama70b"], *PLANS["huge"]]
     lines = cells(calibration_tables.other_table([row(run) for run in [*runs, BASE]]))
     assert [line[0] for line in lines[2:]] == ["llama2-70b", "llama3-405b", "llama3-405b"]
-    assert lines[3][2] == "lrquant w4a4, batch 1, 16 × 2048"
+    assert lines[4][2] == "lrquant w4a4, batch 1, 16 × 2048"
 
 
 def test_only_what_is_between_the_markers_is_replaced(tmp_path: Path) -> None:

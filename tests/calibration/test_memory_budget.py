@@ -73,7 +73,7 @@ def test_memory_holds_everything_that_is_on_the_gpu() -> None:
     assert Budget(10**15).place(CUDA, 16 * GIB, 4, 8 * GIB + 1) == "host"  # granted, but not there
     assert Budget(1).place(CUDA, 1, 4) == "host"
     with pytest.raises(InputError, match=r"^memory=2GiB: work on a block takes 2\.59GiB .*--data\.memory out, or"):
-        Budget(2 * GIB).place(CUDA, 1, 4, work)
+        Budget(2 * GIB).check_work(work)
 
 
 @pytest.mark.usefixtures("machine")

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
 BATCHES, EPOCHS = 3, 2
@@ -257,3 +258,180 @@ def test_an_epoch_that_goes_on_in_its_middle_sees_the_rest_of_the_batches(tmp_pa
     trainer(tmp_path).fit(again, train_dataloaders=Numbered(), ckpt_path=tmp_path / "middle.ckpt", weights_only=True)
     assert seen == [0, 1, 2, 0, 1, 2]
     assert again.starts == EPOCHS - 1
+
+
+# Steps that are computed by the module itself
+
+
+class OwnSteps(Task):
+    """Lightning's parts of a step do nothing but be noted; the loss has no way back to the parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.calls.append("loss")
+        return super().training_step(batch, batch_idx).detach()
+
+    def optimizer_zero_grad(self, *_: Any, **__: Any) -> None:
+        self.calls.append("zero")
+
+    def backward(self, *_: Any, **__: Any) -> None:
+        self.calls.append("backward")
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        self.calls.append("step(")
+        optimizer_closure()
+        self.calls.append(")")
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.calls.append("never")
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "epoch"),
+    [
+        (1, ["step(", "loss", "zero", "backward", ")"] * BATCHES),
+        (2, ["loss", "zero", "backward", "step(", "loss", "backward", ")", "step(", "loss", "zero", "backward", ")"]),
+    ],
+)
+def test_a_step_that_only_calls_the_closure_counts_as_one(tmp_path: Path, accumulate: int, epoch: list[str]) -> None:
+    """The closure is the loss, zeroing and the way back; only `optimizer_step` itself would clip and move."""
+    steps, task = Steps(), OwnSteps()
+    loop = trainer(tmp_path, logger=steps, accumulate_grad_batches=accumulate, gradient_clip_val=0.1)
+    loop.fit(task, train_dataloaders=Plain())
+    assert task.calls == epoch * EPOCHS
+    assert loop.global_step == EPOCHS * epoch.count("step(")
+    assert steps.logged == list(range(loop.global_step))
+    assert not task.p.any()
+
+
+def test_the_end_of_a_fit_moves_the_module_by_its_own_method(tmp_path: Path) -> None:
+    calls = []
+
+    class Stays(Task):
+        def cpu(self) -> Stays:  # type: ignore[override]
+            calls.append("cpu")
+            return self
+
+        def on_train_end(self) -> None:
+            calls.append("end")
+
+    trainer(tmp_path).fit(Stays(), train_dataloaders=Plain())
+    assert calls == ["end", "cpu"]
+
+
+class SavesAt(Callback):
+    """Saves at the end of a batch, or of an epoch (batch -1), and ends the fit."""
+
+    def __init__(self, path: Path, epoch: int, batch: int) -> None:
+        self.path, self.at = path, (epoch, batch)
+
+    def _save(self, trainer: Any, batch: int) -> None:
+        if (trainer.current_epoch, batch) == self.at:
+            trainer.save_checkpoint(self.path, weights_only=False)
+            raise RuntimeError("stopped")
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        self._save(trainer, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        self._save(trainer, -1)
+
+
+class LogsWhenDue(Task):
+    """Logs in the steps in which it counts itself that Lightning will hand values on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrong: list[int] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = ((self.p - batch.mean()) ** 2).sum()
+        step, every = self.trainer.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = bool(every) and step % every == 0
+        if due != self.trainer._logger_connector.should_update_logs:  # type: ignore[attr-defined]
+            self.wrong.append(step)
+        if due:
+            self.log("loss", loss)
+        return loss
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("every", [0, 1, 2, 3])
+def test_loggers_get_the_steps_that_can_be_told_beforehand(tmp_path: Path, every: int, accumulate: int) -> None:
+    steps = Steps()
+    loop = trainer(tmp_path, logger=steps, log_every_n_steps=every, accumulate_grad_batches=accumulate)
+    for _ in range(2):
+        loop.fit_loop.epoch_progress.reset()
+        task = LogsWhenDue()
+        loop.fit(task, train_dataloaders=Plain())
+        assert task.wrong == []
+    assert steps.logged == (list(range(every - 1, loop.global_step, every)) if every else [])
+
+
+@pytest.mark.parametrize(("epoch", "batch"), [(0, 0), (0, 1), (1, 1), (0, -1)])
+def test_a_fit_that_goes_on_can_tell_them_too(tmp_path: Path, epoch: int, batch: int) -> None:
+    path = tmp_path / "saved.ckpt"
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer(tmp_path, callbacks=[SavesAt(path, epoch, batch)]).fit(LogsWhenDue(), train_dataloaders=Plain())
+    steps, task = Steps(), LogsWhenDue()
+    loop = trainer(tmp_path, logger=steps, log_every_n_steps=2)
+    loop.fit(task, train_dataloaders=Plain(), ckpt_path=path, weights_only=True)
+    assert task.wrong == []
+    saved = epoch * BATCHES + (BATCHES if batch < 0 else batch + 1)
+    assert steps.logged == [step for step in range(saved, loop.global_step) if (step + 1) % 2 == 0]
+
+
+def test_what_is_saved_of_an_optimizer_can_be_changed_and_is_back_before_training_starts(tmp_path: Path) -> None:
+    path = tmp_path / "saved.ckpt"
+
+    class Fused(Task):
+        found: Any = None
+
+        def on_train_start(self) -> None:
+            optimizer = self.trainer.optimizers[0]
+            self.found = [float(state["step"]) for state in optimizer.state.values()]
+            optimizer.param_groups[0]["fused"] = True
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["optimizer_states"][0]["param_groups"][0]["fused"] = None
+            assert self.trainer.optimizers[0].param_groups[0]["fused"]
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer(tmp_path, callbacks=[SavesAt(path, 0, 1)]).fit(Fused(), train_dataloaders=Plain())
+    assert torch.load(path, weights_only=True)["optimizer_states"][0]["param_groups"][0]["fused"] is None
+    again = Fused()
+    trainer(tmp_path).fit(again, train_dataloaders=Plain(), ckpt_path=path, weights_only=True)
+    assert again.found == [2.0]
+
+
+class Noted:
+    """In place of what DDP reduces gradients with."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: self.calls.append(name)
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_ddp_that_is_told_not_to_reduce_leaves_its_reducer_alone(tmp_path: Path, sync: bool) -> None:
+    """Two forwards without a backward, each under `no_sync` and not: what was told stays."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(torch.nn.Linear(2, 2))
+        noted = Noted()
+        wrapped.reducer = noted  # type: ignore[assignment]
+        wrapped.require_backward_grad_sync = sync
+        with wrapped.no_sync():
+            wrapped(torch.ones(1, 2))
+        assert not any(name.startswith("prepare_for_") for name in noted.calls)
+        assert wrapped.require_backward_grad_sync is sync
+        for _ in range(2):
+            assert wrapped(torch.ones(1, 2)).requires_grad
+        assert any(name.startswith("prepare_for_") for name in noted.calls) is sync
+    finally:
+        torch.distributed.destroy_process_group()

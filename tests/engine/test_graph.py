@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from ptql.calibration.activations import Streams
 from ptql.calibration.block_task import BlockTask
 from ptql.calibration.quant_lm import QuantLM
 from ptql.checkpoint import Checkpoint
+from ptql.engine import graph
 from ptql.engine.engine import Engine
 from ptql.engine.graph import GraphedStep, signature
 from ptql.engine.step import Step, StepSettings
@@ -25,7 +26,32 @@ from ptql.parts.transforms import Smooth
 from ptql.recipe import ActivationScheme, IntScheme
 from tests.models import CONFIGS, random_model, save, some_ids
 
+NO_GPU = not torch.cuda.is_available()
 W3A4: dict[str, Any] = {"weight": IntScheme(3, 16), "activation": ActivationScheme(4), "transforms": [Smooth()]}
+
+
+class Pretended:
+    """Graphs on a CPU: a function is run in the place of its replay, and so often before as it would be."""
+
+    def __init__(self, device: torch.device) -> None:
+        assert device.type == "cpu"
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        for _ in range(graph.WARM_UP):
+            function()
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        return function
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(NO_GPU, reason="no CUDA device")])]
+)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where graphs are tested: on a GPU, or pretended on a CPU, where all but CUDA itself is the same."""
+    if request.param == "cpu":
+        monkeypatch.setattr(graph, "CudaGraphs", Pretended)
+    return request.param
 
 
 class Blocks:
@@ -81,15 +107,15 @@ SETTINGS = {
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "opt"])
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_graphs_learn_what_pieces_learn_for_every_block(family: str, settings: str, tmp_path: Path) -> None:
+def test_graphs_learn_what_pieces_learn_for_every_block(
+    family: str, settings: str, device: str, tmp_path: Path
+) -> None:
     """Five samples in batches of two: the last batch is another graph. The second block is adopted."""
-    if settings == "compiled" and family != "llama":
+    if settings == "compiled" and (family != "llama" or device == "cpu"):
         pytest.skip("compiling takes long; one family shows it")
     chosen = SETTINGS[settings]
     graphed: dict[Any, GraphedStep] = {}
-    blocks, others = Blocks(tmp_path / "a", family, "cuda"), Blocks(tmp_path / "b", family, "cuda")
+    blocks, others = Blocks(tmp_path / "a", family, device), Blocks(tmp_path / "b", family, device)
     for task, other in zip(blocks, others, strict=True):
         optimizer, their_optimizer = task.configure_optimizers(), other.configure_optimizers()
         key = signature(task, optimizer, chosen)
@@ -109,8 +135,9 @@ def test_graphs_learn_what_pieces_learn_for_every_block(family: str, settings: s
             assert state["exp_avg"].shape == parameter.shape
         moved = [(task.learnables()[n].cpu() - start.cpu()).abs().max().item() for n, start in task.initial.items()]
         assert max(moved) > 0
-        torch._C._cuda_clearCublasWorkspaces()  # as Lightning does at the end of each fit
-        torch.cuda.empty_cache()
+        if device == "cuda":
+            torch._C._cuda_clearCublasWorkspaces()  # as Lightning does at the end of each fit
+            torch.cuda.empty_cache()
         for name, value in other.learnables().items():
             ours, start = task.learnables()[name], other.initial[name].to(value.device)
             assert (ours - value).norm() <= 0.5 * (value - start).norm() + 1e-4, name
@@ -136,10 +163,24 @@ def test_a_step_does_not_wait_for_the_device(tmp_path: Path) -> None:
     assert step.epoch_loss.item() > before
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_skipped_steps_are_counted_by_graphs_too(tmp_path: Path) -> None:
-    blocks = Blocks(tmp_path, "llama", "cuda")
+def test_graphs_follow_learning_rates_that_change(device: str, tmp_path: Path) -> None:
+    made = []
+    for name, kind in (("a", GraphedStep), ("b", Step)):
+        blocks = Blocks(tmp_path / name, "llama", device)
+        task = next(iter(blocks))
+        optimizer = task.configure_optimizers()
+        step = kind(task, optimizer, StepSettings())
+        learn(step, blocks.batches(), epochs=1)
+        for group in optimizer.param_groups:
+            group["lr"] *= 10
+        learn(step, blocks.batches(), epochs=1)
+        made.append({n: (v - task.initial[n].to(v.device)).norm() for n, v in task.learnables().items()})
+    for name, moved in made[1].items():
+        assert made[0][name].item() == pytest.approx(moved.item(), rel=0.5, abs=1e-3), name
+
+
+def test_skipped_steps_are_counted_by_graphs_too(device: str, tmp_path: Path) -> None:
+    blocks = Blocks(tmp_path, "llama", device)
     task = next(iter(blocks))
     step = GraphedStep(task, task.configure_optimizers(), StepSettings())
     good, bad = blocks.batches()[:2]
@@ -149,29 +190,59 @@ def test_skipped_steps_are_counted_by_graphs_too(tmp_path: Path) -> None:
     assert all(value.isfinite().all() for value in task.learnables().values())
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_what_cannot_be_captured_goes_on_piece_by_piece(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    blocks = Blocks(tmp_path, "llama", "cuda")
+    blocks = Blocks(tmp_path, "llama", device)
     task = next(iter(blocks))
     start = {name: value.clone() for name, value in task.learnables().items()}
 
     def fail(*args: Any) -> None:
         raise RuntimeError("no graph today\nand more")
 
-    monkeypatch.setattr(GraphedStep, "_capture", fail)
+    monkeypatch.setattr(graph.CudaGraphs, "capture", fail)
+    monkeypatch.setattr(Engine, "kernels", lambda *args: True)
     engine, optimizer = Engine("auto"), task.configure_optimizers()
+    monkeypatch.setattr(Engine, "settings", lambda *args: StepSettings())
     task._engine, task._step = engine, engine.step(task, optimizer, trainer())
     monkeypatch.setattr(type(task), "trainer", SimpleNamespace(optimizers=[optimizer], **vars(trainer())))
     assert isinstance(task._step, GraphedStep)
     capsys.readouterr()
-    task._captured_loss(blocks.batches()[0])
+    loss, _ = task._captured_loss(blocks.batches()[0])
+    assert loss.isfinite()
+    assert task.epoch_loss.item() == loss.item()
     assert type(task._step) is Step
     assert all(torch.equal(value, start[name]) for name, value in task.learnables().items())
     assert capsys.readouterr().err == "ptql: engine: eager, as the step can't be captured (no graph today)\n"
     assert type(engine.step(task, task.configure_optimizers(), trainer())) is Step
+
+
+def test_a_shorter_last_batch_that_cannot_be_captured_loses_nothing(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps are learned by graphs, the third and all later ones piece by piece; as if it had always been so."""
+    ends = []
+    for name, kind in (("a", GraphedStep), ("b", Step)):
+        blocks = Blocks(tmp_path / name, "llama", device)
+        task, optimizer = next(iter(blocks)), None
+        optimizer = task.configure_optimizers()
+        engine = Engine("auto")
+        monkeypatch.setattr(Engine, "settings", lambda *args: StepSettings())
+        task._engine, task._step = engine, kind(task, optimizer, StepSettings())
+        with monkeypatch.context() as patch:
+            patch.setattr(type(task), "trainer", SimpleNamespace(optimizers=[optimizer], **vars(trainer())))
+            for index, batch in enumerate(blocks.batches()):
+                if index == 2 and kind is GraphedStep:
+                    patch.setattr(graph.CudaGraphs, "capture", lambda *args: 1 / 0)
+                task._captured_loss(batch)
+                assert task._step is not None
+                task._step.finish()
+        assert type(task._step) is Step
+        ends.append((task.learnables(), task.epoch_loss.item(), [s["step"].item() for s in optimizer.state.values()]))
+    assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-3)
+    assert ends[0][2] == ends[1][2]
+    for name, value in ends[1][0].items():
+        torch.testing.assert_close(ends[0][0][name], value, rtol=1e-2, atol=1e-2, msg=name)
 
 
 # What needs no GPU
@@ -192,8 +263,12 @@ def test_blocks_of_one_shape_have_one_signature_and_others_another(tmp_path: Pat
     optimizer = task.configure_optimizers()
     assert signature(task, optimizer, StepSettings()) == llama[0]
     assert signature(task, optimizer, StepSettings(accumulate=2)) != llama[0]
-    optimizer.param_groups[0]["lr"] *= 2
+    optimizer.param_groups[0]["lr"] *= 2  # read by the device in each step
+    assert signature(task, optimizer, StepSettings()) == llama[0]
+    optimizer.param_groups[0]["weight_decay"] = 0.1
     assert signature(task, optimizer, StepSettings()) != llama[0]
+    task.quantizers["mlp/down_proj"].scheme = IntScheme(4, 16)
+    assert signature(task, task.configure_optimizers(), StepSettings()) != llama[0]
 
 
 class Looks:

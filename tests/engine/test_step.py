@@ -15,7 +15,7 @@ from ptql.calibration.quant_lm import QuantLM
 from ptql.checkpoint import Checkpoint
 from ptql.engine.step import Step, StepSettings
 from ptql.parts.objectives import Reconstruction, total
-from ptql.parts.transforms import Smooth
+from ptql.parts.transforms import BlockFacts, Smooth, Transform, TransformState, Weights
 from ptql.parts.weights import Affine
 from ptql.recipe import ActivationScheme, IntScheme
 from tests.models import CONFIGS, random_model, save, some_ids
@@ -175,3 +175,71 @@ def test_matrices_in_bfloat16_and_float32_factors_give_the_weights_that_are_enco
     made = step._folded[None].leaves["mlp.down_proj.weight"]
     off = ~torch.isclose(made, decoded, rtol=2e-3, atol=1e-4)  # scales are stored in float16: some codes differ
     assert off.float().mean() < 0.01
+
+
+class Halved(TransformState):
+    """Looks inside matrices, so it must be given tensors."""
+
+    lr = 0.01
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, weights: Weights) -> Weights:
+        down = weights["mlp.down_proj.weight"]
+        return {**weights, "mlp.down_proj.weight": torch.cat([down[:, :40], down[:, 40:] * 2 * self.share], dim=1)}
+
+
+class HalfAMatrix(Transform):
+    def for_block(self, facts: BlockFacts) -> TransformState:
+        return Halved()
+
+
+@pytest.mark.parametrize("order", [[HalfAMatrix(), Smooth()], [Smooth(), HalfAMatrix()]])
+def test_transforms_that_know_tensors_only_are_given_tensors(order: list[Transform], tmp_path: Path) -> None:
+    recipe = {**RECIPES["w3a4"], "transforms": order}
+    plain, split, streams = tasks(save(random_model(CONFIGS["llama"]), tmp_path / "m"), recipe)
+    step = Step(split, split.configure_optimizers(), StepSettings())
+    batch = batches(streams)[0]
+    total(plain.terms(batch)).backward()
+    step.micro_batch(batch)
+    step.finish()
+    found = gradients(split, step)
+    largest = max(float(g.norm()) for g in found.values())
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            assert close_gradients(found[name], parameter.grad, largest), name
+
+
+def test_only_matrices_that_lose_nothing_are_held_narrow(tmp_path: Path) -> None:
+    model = random_model(CONFIGS["llama"])
+    block = model.model.layers[0]
+    for name, dtype in (("q_proj", torch.bfloat16), ("k_proj", torch.float16)):
+        weight = getattr(block.self_attn, name).weight
+        weight.data = weight.data.to(dtype).float()
+    _, task, _ = tasks(save(model, tmp_path / "m"), RECIPES["w3a4"])
+    kept = {name: task.student.get_submodule(f"self_attn.{name}_proj").weight.dtype for name in "qkv"}
+    assert kept == {"q": torch.bfloat16, "k": torch.float16, "v": torch.float32}
+
+
+def test_folding_is_in_float32_inside_of_a_trainers_autocast(tmp_path: Path) -> None:
+    recipe = {**RECIPES["w3a4"], "transforms": [Rotates()]}
+    _, task, _ = tasks(save(random_model(CONFIGS["llama"]), tmp_path / "m"), recipe)
+    step = Step(task, task.configure_optimizers(), StepSettings(half=torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        step.fold()
+    assert task.transforms[0].seen == torch.float32
+
+
+class Rotated(Halved):
+    def forward(self, weights: Weights) -> Weights:
+        product = weights["mlp.down_proj.weight"] @ torch.eye(80)
+        self.seen = product.dtype
+        return {**weights, "mlp.down_proj.weight": product * 2 * self.share}
+
+
+class Rotates(Transform):
+    def for_block(self, facts: BlockFacts) -> TransformState:
+        return Rotated()

@@ -16,10 +16,11 @@ from ptql.calibration.statistics import observe_inputs
 from ptql.errors import InputError
 from ptql.families import BlockLayout, family_of
 from ptql.functional import smoothing
+from ptql.functional.scaled import Scaled
 from ptql.nn.quant_linear import ShiftedNorm
 from ptql.nn.student import biased_linears, call_block, make_student, run_block, weights_of
 from ptql.parts.activations import DynamicTokens
-from ptql.parts.transforms import BlockFacts, InputRange, Smooth, TransformState
+from ptql.parts.transforms import BlockFacts, InputRange, Smooth, TransformState, Weights
 from ptql.parts.transforms.smooth import Shift, Site
 from ptql.recipe import ActivationScheme, IntScheme
 from tests.models import CONFIGS, FAMILIES, block_calls, blocks_of, exact, opt_config, random_model, some_ids
@@ -196,6 +197,59 @@ def test_post_norm_opt_has_the_attention_sites_only() -> None:
     state = scatter(smooth.for_block(facts))
     assert set(sizes(state)) == {"out.scale", "out.shift", "qkt.scale"}
     assert error(run_block(student, hidden, context, 2, state(facts.weights)), expected) < 1e-10
+
+
+# Matrices that are not multiplied out
+
+
+def with_scaled(facts: BlockFacts) -> Weights:
+    """The block's weights as a step has them: matrices of the linear layers stay as they are, and take factors."""
+    matrices = {f"{name}.weight" for group in facts.layout.linears for name in group}
+    return {name: Scaled(weight) if name in matrices else weight for name, weight in facts.weights.items()}
+
+
+def densified(weights: Weights) -> dict[str, Tensor]:
+    return {name: weight.dense() if isinstance(weight, Scaled) else weight for name, weight in weights.items()}
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{f"shift {shift}": {"shift": shift} for shift in get_args(Shift)},
+    **{f"{site} alone": {"sites": (site,)} for site in get_args(Site)},
+    "faithful": {"faithful": True},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("name", FOLDED)
+def test_scaled_matrices_are_folded_to_the_same_weights_and_gradients(name: str, settings: str) -> None:
+    _, facts, state = prepared(name, **SETTINGS[settings])
+    scatter(state)
+    dense, scaled = state(facts.weights), state(with_scaled(facts))
+    assert list(scaled) == list(dense)
+    for weight, given in with_scaled(facts).items():
+        assert isinstance(scaled[weight], Scaled) == isinstance(given, Scaled), weight
+        if isinstance(given, Scaled):
+            assert scaled[weight].base is given.base  # as it is stored
+    found = densified(scaled)
+    for weight, expected in dense.items():
+        torch.testing.assert_close(found[weight], expected, rtol=1e-12, atol=1e-12, msg=weight)
+    mixed = {weight: torch.randn_like(expected) for weight, expected in dense.items()}
+    gradients = [
+        torch.autograd.grad(torch.stack([(w * mixed[k]).sum() for k, w in weights.items()]).sum(), state.parameters())
+        for weights in (found, dense)
+    ]
+    for (parameter, _), ours, theirs in zip(state.named_parameters(), *gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=parameter)
+
+
+def test_scaled_matrices_of_a_norm_after_the_residual_are_folded_too() -> None:
+    config = opt_config(do_layer_norm_before=False)
+    layout, smooth = family_of("opt").layout(config), Smooth(shift="all", when="always")
+    _, facts = student_and_facts(blocks_of(exact(random_model(config)))[0], layout, smooth)
+    state = scatter(smooth.for_block(facts))
+    dense, scaled = state(facts.weights), densified(state(with_scaled(facts)))
+    for weight, expected in dense.items():
+        torch.testing.assert_close(scaled[weight], expected, rtol=1e-12, atol=1e-12, msg=weight)
 
 
 # What is learned: 4 query heads on 2 key/value heads of 12 channels, hidden size 48

@@ -13,10 +13,10 @@ from ptql.functional.scaled import Scaled
 from ptql.recipe import ActivationScheme, IntScheme
 
 Matrix = Tensor | Scaled
-"""A matrix of a block: a tensor, or one that is scaled where it is rounded. Transforms take both."""
+"""A matrix of a block: a tensor, or one that is scaled where it is rounded."""
 
 Weights = dict[str, Any]
-"""Every parameter of a block by its name in the block: tensors, or `Scaled` for quantised matrices while learning."""
+"""Every parameter of a block by its name in the block: tensors, or `Scaled` for the matrices of linear layers."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class TransformState(nn.Module, ABC):
     """A transform of one block: its learnables, their learning rate, and the rewriting itself."""
 
     lr: float
+    takes_scaled = False
+    """Whether `forward` takes `Scaled` matrices beside tensors, and only scales them; others are given tensors."""
 
     @abstractmethod
     def forward(self, weights: Weights) -> Weights:

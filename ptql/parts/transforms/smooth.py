@@ -146,6 +146,8 @@ def _by_value_channel(x: Tensor, site: AttentionSites) -> Tensor:
 class SmoothBlock(TransformState):
     """All sites of one block, one learning rate."""
 
+    takes_scaled = True
+
     def __init__(self, sites: list[TransformState], lr: float) -> None:
         super().__init__()
         self.sites = nn.ModuleList(sites)
