@@ -1,10 +1,12 @@
 """Tables and a plot of the results that `benchmarks/calibration.py` writes; needs no GPU.
 
     python benchmarks/calibration_tables.py FILE.jsonl ...
-    python benchmarks/calibration_tables.py --docs docs/speed.md --plot docs/images/growth.svg FILE.jsonl ...
+    python benchmarks/calibration_tables.py benchmarks/results/calibration-*.jsonl --docs docs/speed.md \\
+        --plot docs/images/growth.svg --step benchmarks/results/step-llama2-7b-h100.json
 
 The second puts the tables between the lines <!-- begin: calibration --> and <!-- end: calibration --> of the Markdown
-file, and draws how time grows with samples, length, width and blocks. Of the lines of one run the last counts.
+file, that of a step between those of `step`, and draws how time grows with samples, length, width and blocks. Of the
+lines of one run the last counts.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import statistics
 import sys
 from dataclasses import asdict, dataclass
@@ -24,13 +25,13 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.calibration import BASE, PLANS  # noqa: E402
 from benchmarks.shapes import SHAPES, Shape  # noqa: E402
+from benchmarks.step_profile import table as step_table  # noqa: E402
 from benchmarks.tables import NONE, short  # noqa: E402
 from ptql.report.axes import Axis, linear_axis  # noqa: E402
 from ptql.report.html import Markup, join, tag  # noqa: E402
 from ptql.report.style import CSS  # noqa: E402
 
 Row = dict[str, Any]
-MARKED = re.compile(r"(<!-- begin: calibration -->\n).*?(<!-- end: calibration -->)", re.DOTALL)
 BASE_FIELDS = {**asdict(BASE), "shape": BASE.shape.name if BASE.shape else ""}
 AXES = ("samples", "length", "width", "blocks")
 WIDTHS = {run.shape.name for run in PLANS["growth"] if run.shape is not None}
@@ -336,7 +337,11 @@ def plot(rows: list[Row]) -> str:
     panels = []
     for place, axis in enumerate(AXES):
         x, y = LEFT + place % 2 * ACROSS, TOP + place // 2 * DOWN
-        panels.append(tag("g", panel(axis, points(rows, axis)), transform=f"translate({x} {y})"))
+        found = points(rows, axis)
+        whose = ""
+        if axis == "blocks" and not found:
+            whose, found = passing(rows)
+        panels.append(tag("g", panel(axis, found, whose), transform=f"translate({x} {y})"))
     width, height = 2 * ACROSS, 2 * DOWN + 24
     words = "Dashed: the usual run's time, scaled with the arithmetic; over blocks, the line that fits best."
     return tag(
@@ -354,10 +359,23 @@ def plot(rows: list[Row]) -> str:
     )
 
 
-def panel(axis: str, found: list[tuple[int, Row]]) -> Markup:
+def passing(rows: list[Row]) -> tuple[str, list[tuple[int, Row]]]:
+    """The longest run of a real model by itself: its name, and the seconds that had passed after some of its blocks."""
+    alone = [row for row in rows if row["real"] and row["engine"] == "auto" and row["jobs_at_once"] == 1]
+    if not alone:
+        return "", []
+    row = max(alone, key=lambda row: row["blocks"] * row["epochs"])
+    seconds = [block["seconds"] for block in row["each_block"]]
+    after = sorted({1, *(round(len(seconds) * k / 6) for k in range(1, 7))})
+    words = f" of {row['shape']['name']}"
+    return words, [(count, {**row, "seconds_wall": sum(seconds[:count])}) for count in after if count]
+
+
+def panel(axis: str, found: list[tuple[int, Row]], whose: str = "") -> Markup:
     """Dots and a line through them over the dashed line, with axes from zero."""
     over_blocks = axis == "blocks"
-    title = tag("text", f"{'s in all' if over_blocks else 's per block-epoch'} over {axis}", y=-16, class_="title")
+    words = f"{'s in all' if over_blocks else 's per block-epoch'} over {axis}{whose}"
+    title = tag("text", words, y=-16, class_="title")
     if not found:
         return join(title, tag("text", "not measured", x=WIDTH / 2, y=HEIGHT / 2, class_="mid"))
     values = [(float(at), row["seconds_wall" if over_blocks else "seconds_per_block_epoch"]) for at, row in found]
@@ -416,12 +434,19 @@ def straight(values: list[tuple[float, float]]) -> tuple[list[tuple[float, float
     return [(0.0, fixed), (values[-1][0], fixed + slope * values[-1][0])], f"{fixed:.0f} s + {slope:.1f} s a block"
 
 
-def fill(text: str, made: str) -> str:
-    """`text` with the tables between their markers; `SystemExit` if it has none."""
-    if not MARKED.search(text):
-        marks = "a line <!-- begin: calibration --> and, after it, a line <!-- end: calibration -->"
-        raise SystemExit(f"calibration: there is no place for the tables; write {marks}")
-    return MARKED.sub(lambda match: f"{match[1]}{made}{match[2]}", text, count=1)
+def fill(page: str, made: str, name: str = "calibration") -> str:
+    """A Markdown page with `made` between the lines that begin and end the part `name`."""
+    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+    before, found, rest = page.partition(f"{begin}\n")
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"no line {begin} and, after it, a line {end} in the page; write them where the part belongs")
+    return f"{before}{begin}\n{made}{end}{after}"
+
+
+def step_part(found: Row) -> str:
+    """Where a step's time went, as `benchmarks/step_profile.py` found it."""
+    return f"{found['machine']}, torch {found['torch']}; `{found['command']}`:\n\n{step_table(found)}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -430,12 +455,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--docs", type=Path, metavar="PAGE.md")
     parser.add_argument("--plot", type=Path, metavar="IMAGE.svg")
+    parser.add_argument("--step", type=Path, metavar="FILE.json", help="of benchmarks/step_profile.py")
     args = parser.parse_args(arguments)
     rows = read_rows(args.files)
     if args.docs is None:
         print(tables(rows), end="")
     else:
-        args.docs.write_text(fill(args.docs.read_text(encoding="utf-8"), tables(rows)), encoding="utf-8")
+        page = fill(args.docs.read_text(encoding="utf-8"), tables(rows))
+        if args.step is not None:
+            page = fill(page, step_part(json.loads(args.step.read_text(encoding="utf-8"))), "step")
+        args.docs.write_text(page, encoding="utf-8")
     if args.plot is not None:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         args.plot.write_text(plot(rows) + "\n", encoding="utf-8")

@@ -31,6 +31,7 @@ from lightning.pytorch import Callback
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import ptql  # noqa: E402
+from benchmarks.accuracy import machine  # noqa: E402
 
 ptql.__path__.append(str(ROOT))  # callbacks/ and configs/ of a checkout that is not installed
 
@@ -240,7 +241,10 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        command = f"python benchmarks/step_profile.py {args.model.name}"
+        command += "".join(f" --set {item}" for item in args.set)
+        about = {**machine(), "command": command}
+        args.json.write_text(json.dumps({**about, **found}, indent=1) + "\n", encoding="utf-8")
     print(table(found), end="")
     return 0
 

@@ -245,6 +245,16 @@ def test_a_single_block_is_not_made_into_a_model() -> None:
     assert lines[2][4:6] == ["–", "–"]
 
 
+def test_where_blocks_were_not_varied_the_plot_shows_how_a_real_run_went_through_them() -> None:
+    blocks = [{"seconds": 30.0}, *[{"seconds": 2.0}] * 29]
+    real = row(replace(REAL, real=True, blocks=30), 1.0, each_block=blocks)
+    words, found = calibration_tables.passing([real, *growth()])
+    assert words == " of SmolLM2"
+    assert [(at, part["seconds_wall"]) for at, part in found][:2] == [(1, 30.0), (5, 38.0)]
+    assert found[-1][0] == 30
+    assert calibration_tables.passing(growth()) == ("", [])
+
+
 def test_other_shapes_have_a_table() -> None:
     runs = [*PLANS["llama70b"], *PLANS["huge"]]
     lines = cells(calibration_tables.other_table([row(run) for run in [*runs, BASE]]))
@@ -261,7 +271,7 @@ def test_only_what_is_between_the_markers_is_replaced(tmp_path: Path) -> None:
         calibration_tables.main(["--docs", str(page), "--plot", str(image), str(file)])
         assert page.read_text(encoding="utf-8") == text.format(tables(growth()))
     assert image.read_text(encoding="utf-8").startswith("<svg")
-    with pytest.raises(SystemExit, match="there is no place for the tables"):
+    with pytest.raises(SystemExit, match="no line <!-- begin: calibration -->"):
         calibration_tables.fill("# A\n", "table")
 
 

@@ -488,7 +488,7 @@ from ptql.calibration.quant_lm import QuantLM
 from ptql.calibration.trainer import BlockTrainer
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
-from tests.engine.test_runs import SIZES_COUNT
+from tests.engine.test_engine_runs import SIZES_COUNT
 
 torch.set_num_threads(1)
 run, source, words, accumulate = sys.argv[1:]
