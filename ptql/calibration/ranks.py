@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,14 @@ class Ranks:
         rank: Of this process, from 0.
         size: Number of processes.
         device: Where tensors lie that are sent; NCCL takes those on a GPU only.
+        host: The same processes by way of host memory, if there is one: what is asked in each step goes there, so
+            that nobody waits for a GPU.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    host: dist.ProcessGroup | None = None
 
     def share(self, samples: Tensor) -> Tensor:
         """This process's samples: every `size`-th one, so that its k-th batch is its part of the k-th global batch.
@@ -54,11 +58,11 @@ class Ranks:
 
     def any(self, here: bool) -> bool:
         """Whether it is so in one process at least."""
-        return here if self.size == 1 else bool(self.largest(torch.tensor(float(here))).item())
+        return here if self.size == 1 else self._counted(here) > 0
 
     def all(self, here: bool) -> bool:
         """Whether it is so in every process."""
-        return here if self.size == 1 else bool(self.smallest(torch.tensor(float(here))).item())
+        return here if self.size == 1 else self._counted(here) == self.size
 
     @torch.no_grad()
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
@@ -68,7 +72,21 @@ class Ranks:
             dist.broadcast(sent, src=0)
             tensor.copy_(sent)
 
+    def _counted(self, here: bool) -> int:
+        count = torch.tensor(int(here), device=self.device if self.host is None else "cpu")
+        dist.all_reduce(count, group=self.host)
+        return int(count)
+
     def _reduced(self, values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
         sent = values.to(self.device, copy=True).contiguous()
         dist.all_reduce(sent, how)
         return sent.to(values.device)
+
+
+def host_group(nodes: int) -> dist.ProcessGroup | None:
+    """The processes of a run by way of host memory, where that can't fail: on one machine, whatever else they use."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    if dist.get_backend() == "gloo":
+        return dist.group.WORLD
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if nodes == 1 else None

@@ -33,12 +33,12 @@ from ptql.calibration.preparation import (
     streams_at_a_time,
 )
 from ptql.calibration.quant_lm import QuantLM
-from ptql.calibration.ranks import Ranks
+from ptql.calibration.ranks import Ranks, host_group
 from ptql.calibration.run_logger import RunLogger
 from ptql.calibration.stopping import Stopped, StopSignals, tell_children, tell_children_no_more
 from ptql.calibration.trainer_options import check_options
 from ptql.calibration.usual_callbacks import with_usual_callbacks
-from ptql.callbacks import BlockCallback
+from ptql.callbacks import BlockCallback, BlockCheckpoint
 from ptql.errors import InputError, RunError
 from ptql.evaluation.evaluate import METRICS, MODEL, Measurement, evaluate_run
 from ptql.evaluation.report import REPORT, write_report
@@ -83,6 +83,10 @@ class BlockTrainer(Trainer):
         self.strategy.checkpoint_io = LocalCheckpointIO()
         self.ranks, self.signals = Ranks(), StopSignals()
         self._first_step, self._ended_together = 0, False
+        if any(isinstance(callback, BlockCheckpoint) for callback in self.callbacks):  # type: ignore[attr-defined]
+            # It asks all processes after each batch whether one had SIGTERM. Lightning would ask, too, and wait for the
+            # GPU to answer.
+            self.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if kwargs.get("logger") in (None, True):
             self.logger = RunLogger(self.default_root_dir, name="tensorboard", version="")
 
@@ -119,7 +123,8 @@ class BlockTrainer(Trainer):
         began = time.monotonic()
         tell_children_no_more()
         self.strategy.setup_environment()
-        self.ranks = Ranks(self.global_rank, self.world_size, self.strategy.root_device)
+        host = host_group(self.num_nodes)
+        self.ranks = Ranks(self.global_rank, self.world_size, self.strategy.root_device, host)
         self.num_blocks = plan.source.num_blocks
         finished = self._open_ledger(plan)
         self._notify("on_model_start", model)

@@ -49,11 +49,11 @@ TWO = """
 import json, sys
 import torch
 import torch.distributed as dist
-from ptql.calibration.ranks import Ranks
+from ptql.calibration.ranks import Ranks, host_group
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[2]}", rank=rank, world_size=2)
-ranks = Ranks(rank, 2)
+ranks, by_host = Ranks(rank, 2), Ranks(rank, 2, torch.device("meta"), host_group(1))  # nothing is sent on the device
 x = torch.arange(14.0).view(7, 2)
 mine = torch.tensor([1.0, 5.0]) if rank == 0 else torch.tensor([3.0, -2.0])
 kept = mine.clone()
@@ -65,6 +65,7 @@ said = {
     "largest": ranks.largest(mine).tolist(),
     "any": [ranks.any(rank == 1), ranks.any(False), ranks.any(True)],
     "all": [ranks.all(rank == 1), ranks.all(False), ranks.all(True)],
+    "by host": [by_host.any(rank == 1), by_host.any(False), by_host.all(rank == 1), by_host.all(True)],
     "kept": torch.equal(mine, kept),
     "double": ranks.mean(torch.tensor([1e-12 * (rank + 1)], dtype=torch.float64)).item(),
 }
@@ -91,6 +92,7 @@ def test_two_processes() -> None:
         "largest": [3.0, 5.0],
         "any": [True, False, True],
         "all": [False, False, True],
+        "by host": [True, False, False, True],
         "kept": True,  # what was given is not changed
         "double": pytest.approx(1.5e-12, rel=1e-12),
         "first": [[0.0, 0.0]] * 3,

@@ -214,6 +214,7 @@ def test_the_private_names_that_are_used_are_there(tmp_path: Path) -> None:
     assert callable(LightningCLI._parse_ckpt_path)
     assert callable(LightningCLI._set_seed)
     assert callable(trainer(tmp_path)._logger_connector.update_train_step_metrics)
+    assert callable(trainer(tmp_path).fit_loop.epoch_loop._broadcast_sigterm_tensor)
 
 
 def test_an_epoch_that_goes_on_in_its_middle_sees_the_rest_of_the_batches(tmp_path: Path) -> None:
