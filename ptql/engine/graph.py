@@ -29,14 +29,8 @@ if TYPE_CHECKING:
 
 WARM_UP = 2  # runs of a piece before it is captured: compiling, cuBLAS workspaces, the optimiser's moments
 NOT_SHAPE = ("layer_idx", "training")  # attributes of modules that say which block it is, not how it computes
-CHANGING = (
-    "params",
-    "lr",
-    "initial_lr",
-    "fused",
-    "foreach",
-    "capturable",
-)  # of an optimiser's groups, or set by a step
+CHANGING = ("params", "lr", "initial_lr", "fused", "foreach", "capturable")
+"""Of an optimiser's groups: what may change while a graph stays good, or is set by a step itself."""
 
 
 class GraphedStep(Step):
