@@ -124,7 +124,7 @@ def test_the_tiny_plan_end_to_end(
     assert not (tmp_path / "work" / "runs" / made["name"]).exists()
     head, _, line = cells(tables(rows))
     found = dict(zip(head, line, strict=True))
-    assert (found["model"], found["recipe"], found["epochs"]) == ("stories260k", "lrquant w4a4", "1")
+    assert (found["model"], found["recipe"], found["epochs, batch"]) == ("stories260k", "lrquant w4a4", "1, 2")
     assert float(found["tiny ppl"]) == pytest.approx(real["ppl"]["tiny"], rel=1e-3)
 
 
