@@ -133,7 +133,7 @@ PLANS: dict[str, list[Run]] = {
     ],
     "steps": [replace(BASE, batch_size=1, epochs=2)],  # as many as the originals make
     "weights": [WEIGHTS, replace(WEIGHTS, engine="plain", epochs=2)],
-    "llama70b": [replace(BASE, shape=SHAPES["llama2-70b"], blocks=1, epochs=2)],
+    "llama70b": [replace(BASE, shape=SHAPES["llama2-70b"], epochs=2)],
     "huge": [replace(HUGE, method="omniquant", scheme="w4a16"), HUGE],
     "samples": [replace(BASE, samples=samples) for samples in (32, 64, 128, 256)],
     "length": [replace(BASE, length=length) for length in (512, 1024, 4096)],

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ptql.engine.engine import Engine
 from ptql.engine.step import CaptureError, Step, plain_groups
-from ptql.functional.scaled import Scaled
+from ptql.functional.scaled import Scaled, multiplied_out
 from ptql.nn.quant_linear import QuantLinear
 from ptql.nn.student import call_block, weights_of
 from ptql.parts.objectives import Objective, Targets, total
@@ -104,7 +104,7 @@ class BlockTask(LightningModule):
                 weights[name] = weight.float()
         for transform in self.transforms:
             if not transform.takes_scaled:
-                weights = {name: w.dense() if isinstance(w, Scaled) else w for name, w in weights.items()}
+                weights = {name: multiplied_out(weight) for name, weight in weights.items()}
             weights = transform(weights)
         return weights
 
@@ -117,12 +117,16 @@ class BlockTask(LightningModule):
 
     @torch.no_grad()
     def encode(self) -> dict[str, Tensor]:
-        """What is stored of the block: packed matrices, and everything else as folded, by name in the block."""
-        stored = self.folded_weights()
+        """What is stored of the block: packed matrices, and everything else as folded, by name in the block.
+
+        Matrices are multiplied out as the engine did while learning, and where it leaves that to kernels, one by one.
+        """
+        stored = self.folded_weights(scaled=self._engine is not None and self._engine.kernels(self.device))
         for name, quantizer in self._by_linear():
-            packed = quantizer.encode(stored.pop(f"{name}.weight"))
+            packed = quantizer.encode(multiplied_out(stored.pop(f"{name}.weight")))
             stored |= {f"{name}.{part}": tensor for part, tensor in packed.items()}
-        return {name: tensor.to(self._stored_dtype(name, tensor)) for name, tensor in stored.items()}
+        tensors = {name: multiplied_out(weight) for name, weight in stored.items()}
+        return {name: tensor.to(self._stored_dtype(name, tensor)) for name, tensor in tensors.items()}
 
     def _stored_dtype(self, name: str, tensor: Tensor) -> torch.dtype:
         """Matrices that aren't quantised keep the source's dtype, biases of linear layers take float16.
@@ -141,16 +145,21 @@ class BlockTask(LightningModule):
         """The weights that `encode`'s result stands for: what a loaded model computes with."""
         weights = {k: v.float() if v.is_floating_point() else v for k, v in stored.items()}
         for name, quantizer in self._by_linear():
-            prefix = f"{name}."
-            own = {k: v for k, v in stored.items() if k.startswith(prefix) and k != f"{prefix}bias"}
-            weights = {k: v for k, v in weights.items() if k not in own}
-            weights[f"{prefix}weight"] = quantizer.decode({k.removeprefix(prefix): v for k, v in own.items()})
+            packed = _packed(name, stored)
+            for part in packed:
+                del weights[f"{name}.{part}"]
+            weights[f"{name}.weight"] = quantizer.decode(packed)
         return weights
 
-    @property
-    def quantised(self) -> list[str]:
-        """The linear layers whose weights are quantised."""
-        return [name for name, _ in self._by_linear()]
+    @torch.no_grad()
+    def weight_errors(self, stored: dict[str, Tensor]) -> dict[str, float]:
+        """Squared error of each matrix, relative to the square of the matrix as folded: 0 is exact, 1 is all lost."""
+        folded, errors = self.folded_weights(scaled=True), {}
+        for name, quantizer in self._by_linear():
+            weight = multiplied_out(folded.pop(f"{name}.weight"))
+            rounded = quantizer.decode(_packed(name, stored))
+            errors[name] = ((weight - rounded).square().sum() / weight.square().sum()).item()
+        return errors
 
     def quantizer(self, linear: str) -> LinearQuantizer | None:
         """What rounds a linear layer's matrix."""
@@ -297,3 +306,10 @@ class BlockTask(LightningModule):
         for part in parts:
             by_rate.setdefault(part.lr, []).extend(p for p in part.parameters() if p.requires_grad)
         return self._optimizer([{"params": ps, "lr": lr} for lr, ps in by_rate.items() if ps])
+
+
+def _packed(linear: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is stored of a linear layer's matrix, by the names that its quantiser gave."""
+    prefix = f"{linear}."
+    own = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
+    return {part: tensor for part, tensor in own.items() if part != "bias"}

@@ -52,7 +52,7 @@ def finish_block(
     if task.best_epoch is not None:
         kept.summary |= {"loss_learned": task.best_loss, "best_epoch": task.best_epoch}
         kept.summary["epoch_losses"] = [float(f"{loss:.6g}") for loss in task.epoch_losses]
-    kept.summary["layers"] = _weight_errors(task, kept)
+    kept.summary["layers"] = task.weight_errors(kept.stored)
     kept.ranges |= {f"before.{group[0]}": before[group[0]].absmax for group in layout.linears}
     return kept, output
 
@@ -74,14 +74,3 @@ def _candidate(task: BlockTask, streams: Streams, layout: BlockLayout, out: Tens
     means = [torch.stack(losses).double().mean(), torch.cat(squares).double().mean()]
     loss, mse = streams.ranks.mean(torch.stack(means)).tolist()
     return BlockRecord(stored, learned, ranges, {"loss": loss, "mse": mse})
-
-
-@torch.no_grad()
-def _weight_errors(task: BlockTask, block: BlockRecord) -> dict[str, float]:
-    """Squared error of each quantised matrix, relative to that of the matrix as folded: 0 is exact, 1 is all lost."""
-    folded, decoded = task.folded_weights(), task.decode(block.stored)
-    errors = {}
-    for name in task.quantised:
-        weight, rounded = folded[f"{name}.weight"], decoded[f"{name}.weight"]
-        errors[name] = ((weight - rounded).square().sum() / weight.square().sum()).item()
-    return errors

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ptql.functional.buffers import stacked, write_into
-from ptql.functional.scaled import Scaled
+from ptql.functional.scaled import Scaled, multiplied_out
 from ptql.nn.quant_linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class StepWeights:
     def _rounded(self, name: str, matrix: Scaled | Tensor, out: Tensor) -> Tensor:
         quantizer = self._task.quantizer(name)
         if quantizer is None:
-            return write_into(matrix if isinstance(matrix, Tensor) else matrix.dense(), out)
+            return write_into(multiplied_out(matrix), out)
         if isinstance(matrix, Tensor):  # a transform did more than scale it
             return write_into(quantizer.fake(matrix), out)
         return quantizer.fake_into(matrix, out)

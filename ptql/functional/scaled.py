@@ -55,3 +55,8 @@ class Scaled:
         matrix = self.base if self.base.dtype == torch.float64 else self.base.float()
         matrix = matrix if self.rows is None else matrix * self.rows[:, None]
         return matrix if self.columns is None else matrix * self.columns
+
+
+def multiplied_out(matrix: Tensor | Scaled) -> Tensor:
+    """The matrix as a tensor."""
+    return matrix.dense() if isinstance(matrix, Scaled) else matrix
