@@ -10,6 +10,7 @@ import torch
 
 from ptql.calibration.memory import host_bytes
 from ptql.errors import InputError
+from ptql.kernels.available import power_of_two
 
 Place = Literal["device", "host", "disk"]
 
@@ -80,7 +81,7 @@ class Budget:
             )
         place = resting_place(stream_bytes, streams, work_bytes, gpu, host)
         # PyTorch's pinned memory comes in powers of two
-        return place if place == "device" else resting_place(_power_of_two(stream_bytes), streams, 0, None, host)
+        return place if place == "device" else resting_place(power_of_two(stream_bytes), streams, 0, None, host)
 
     def check_work(self, work_bytes: int) -> None:
         """Raise `InputError` if work on a block alone takes more than the GPU's memory that was granted."""
@@ -102,10 +103,6 @@ class Budget:
         if granted is None and total is not None:
             granted = int(total * SHARE_OF_HOST)
         return None if granted is None else granted // self.processes
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << max(count - 1, 0).bit_length()
 
 
 def _gib(count: int) -> str:

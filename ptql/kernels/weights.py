@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ptql.functional import affine
+from ptql.functional.scaled import Scaled
 from ptql.kernels import available, weight_kernels
 from ptql.kernels.available import blocks, power_of_two
 
@@ -81,9 +82,7 @@ def fold_and_round_reference(
     out: Float[Tensor, "out in"] | None = None,
 ) -> Float[Tensor, "out in"]:
     """`fold_and_round` from the functions of `affine`; on any device, in float64 if `base` is."""
-    w = base if base.dtype == torch.float64 else base.float()
-    w = w if rows is None else w * rows[:, None]
-    w = w if columns is None else w * columns
+    w = Scaled(base, rows, columns).dense()
     groups = affine.grouped(w, group)
     scale, zero = affine.scale_and_zero(*affine.weight_range(groups, lower, upper), bits, symmetric)
     result = affine.ungrouped(affine.fake_quantize(groups, scale, zero, bits), w.shape[1]).to(dtype)

@@ -65,6 +65,16 @@ def close_gradients(ours: Tensor, autograd: Tensor, largest: float) -> bool:
     return bool((ours - autograd).norm() <= 5e-2 * autograd.norm() + 1e-5 * largest)
 
 
+def assert_gradients_of_autograd(plain: BlockTask, split: BlockTask, step: Step) -> None:
+    """The step's gradients are those that `backward` has left at the same learnables of `plain`."""
+    found = gradients(split, step)
+    largest = max(float(g.norm()) for g in found.values())
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            assert close_gradients(found[name], parameter.grad, largest), name
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_step_is_what_autograd_and_adamw_make_of_the_same_batch(family: str, recipe: str, tmp_path: Path) -> None:
@@ -112,12 +122,7 @@ def test_batches_of_one_step_share_its_weights_and_add_up(tmp_path: Path) -> Non
             (total(plain.terms(batch)) / 3).backward()
             step.micro_batch(batch)
         step.finish()
-        found = gradients(split, step)
-        largest = max(float(g.norm()) for g in found.values())
-        for name, parameter in plain.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.grad is not None
-                assert close_gradients(found[name], parameter.grad, largest), name
+        assert_gradients_of_autograd(plain, split, step)
         plain.load_learnables(split.learnables())
     assert len(folds) == 2
 
@@ -155,12 +160,7 @@ def test_gradients_are_clipped(by: str, most: float, tmp_path: Path) -> None:
             torch.nn.utils.clip_grad_value_(parameters, most)
         step.micro_batch(batch)
         step.finish()
-        found = gradients(split, step)
-        largest = max(float(g.norm()) for g in found.values())
-        for name, parameter in plain.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.grad is not None
-                assert close_gradients(found[name], parameter.grad, largest), name
+        assert_gradients_of_autograd(plain, split, step)
         plain.load_learnables(split.learnables())
 
 
@@ -205,12 +205,7 @@ def test_transforms_that_know_tensors_only_are_given_tensors(order: list[Transfo
     total(plain.terms(batch)).backward()
     step.micro_batch(batch)
     step.finish()
-    found = gradients(split, step)
-    largest = max(float(g.norm()) for g in found.values())
-    for name, parameter in plain.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None
-            assert close_gradients(found[name], parameter.grad, largest), name
+    assert_gradients_of_autograd(plain, split, step)
 
 
 def test_only_matrices_that_lose_nothing_are_held_narrow(tmp_path: Path) -> None:
