@@ -59,27 +59,29 @@ GRIDS: dict[str, list[Run]] = {
 }
 
 
-def execute(run: Run, args: argparse.Namespace, texts: dict[str, str]) -> dict[str, object] | None:
-    """Fit and measure one row; None if a command fails, with its last words on stderr."""
-    folder = Path(args.work) / run.name
-    fit = [
-        *("fit", "-c", f"methods/{run.method}", "-c", f"schemes/{run.scheme}", "--model.source", args.model),
-        *(
-            "--data.text",
-            args.calibration,
-            "--data.samples",
-            str(args.samples),
-            "--data.length",
-            str(args.length),
-        ),
+def fit_command(run: Run, args: argparse.Namespace, calibration: str, folder: Path) -> list[str]:
+    """The calibration of a row, without `ptql`."""
+    return [
+        *("fit", "-c", f"methods/{run.method}", "-c", f"schemes/{run.scheme}", "--model.source", str(args.model)),
+        *("--data.text", calibration, "--data.samples", str(args.samples), "--data.length", str(args.length)),
         *("--data.batch_size", str(args.batch_size), "--trainer.max_epochs", str(run.epochs)),
         *("--trainer.default_root_dir", str(folder), "--trainer.logger", "false"),
         *("--trainer.precision", args.precision, *run.extra),
     ]
-    measure = ["eval", "--run", str(folder), "--length", str(args.length), "--batch_size", "8"]
-    measure += [part for name, file in texts.items() for part in (f"--text.{name}", file)]
-    if args.windows:
-        measure += ["--windows", str(args.windows)]
+
+
+def eval_options(args: argparse.Namespace, texts: dict[str, str]) -> list[str]:
+    """The texts of a measurement, and which windows of them."""
+    options = ["--length", str(args.length)]
+    options += [part for name, file in texts.items() for part in (f"--text.{name}", file)]
+    return options + (["--windows", str(args.windows)] if args.windows else [])
+
+
+def execute(run: Run, args: argparse.Namespace, texts: dict[str, str]) -> dict[str, object] | None:
+    """Fit and measure one row; None if a command fails, with its last words on stderr."""
+    folder = Path(args.work) / run.name
+    fit = fit_command(run, args, args.calibration, folder)
+    measure = ["eval", "--run", str(folder), "--batch_size", "8", *eval_options(args, texts)]
     if not all(call(command, folder) for command in (fit, measure)):
         return None
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -101,9 +103,7 @@ def execute(run: Run, args: argparse.Namespace, texts: dict[str, str]) -> dict[s
 def source_row(args: argparse.Namespace, texts: dict[str, str]) -> dict[str, object] | None:
     """The model as it is."""
     out = Path(args.work) / "source.json"
-    command = ["eval", "--model.source", args.model, "--json", str(out), "--length", str(args.length)]
-    command += [part for name, file in texts.items() for part in (f"--text.{name}", file)]
-    command += ["--windows", str(args.windows)] if args.windows else []
+    command = ["eval", "--model.source", args.model, "--json", str(out), *eval_options(args, texts)]
     if not call(command, out.with_suffix("")):
         return None
     name = portable(["ptql", *command], args, out)

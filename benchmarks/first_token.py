@@ -71,7 +71,7 @@ def main() -> int:
     for index in range(source.num_blocks):
         block = source.block(index, device)
         ranges = streams.teach(block, source.layout, model.objective.targets)
-        task = model.block_task(index, model.student(block, source), source, ranges, streams)
+        task = model.block_task(index, model.student(block, source), source, ranges, streams.context)
         _, output = finish_block(task, streams, source.layout, ranges)
         row = {"block": index + 1, **shares(output, streams.targets["fp"])}
         print({key: round(value, 4) for key, value in row.items()}, flush=True)

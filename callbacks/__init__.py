@@ -4,5 +4,6 @@ from ptql.callbacks.block import BlockCallback
 from ptql.callbacks.checkpoint import BlockCheckpoint
 from ptql.callbacks.plots import BlockPlots
 from ptql.callbacks.progress import BlockProgress
+from ptql.callbacks.tta import TestTimeAdaptation
 
-__all__ = ["BlockCallback", "BlockCheckpoint", "BlockPlots", "BlockProgress"]
+__all__ = ["BlockCallback", "BlockCheckpoint", "BlockPlots", "BlockProgress", "TestTimeAdaptation"]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
 
 
 def quantize(
@@ -44,7 +47,7 @@ def quantize(
     """
     from ptql.calibration.stopping import Stopped, end_with_parent
     from ptql.cli import run_command
-    from ptql.evaluation.evaluate import METRICS
+    from ptql.evaluation.recorded_run import METRICS
     from ptql.evaluation.results import read_metrics
 
     end_with_parent()  # where this is one of several processes, started by the first
@@ -75,6 +78,7 @@ def evaluate(
     out: str | Path | None = None,
     compare_source: bool = False,
     accelerator: str = "auto",
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Measure a finished run or a model directory, as `ptql eval` does.
 
@@ -91,6 +95,7 @@ def evaluate(
         out: JSON file for the results, merged into what it holds.
         compare_source: Measure the run's full-precision source as well.
         accelerator: Where: `cpu`, `gpu`, `auto`.
+        callbacks: That measure in their ways as well: `TestTimeAdaptation(mode="prefix")` of `ptql.callbacks`.
 
     Returns:
         `{"ppl": {name: float}, "ppl_details": …, "tasks": …}`, and the same of the source under `source`.
@@ -103,7 +108,14 @@ def evaluate(
     from ptql.cli import quieten
 
     quieten()
-    trainer = BlockTrainer(accelerator=accelerator, devices=1, logger=False, enable_progress_bar=False, max_epochs=0)
+    trainer = BlockTrainer(
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        max_epochs=0,
+        callbacks=list(callbacks),
+    )
     texts = {Path(text).stem: text} if isinstance(text, (str, Path)) else dict(text or {})
     return trainer.eval(
         QuantLM(source=None if source is None else str(source)),

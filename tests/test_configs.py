@@ -23,7 +23,7 @@ METHODS = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml"))
 SCHEMES = sorted(path.stem for path in (CONFIGS / "schemes").glob("*.yaml"))
 STRATEGIES = sorted(path.stem for path in (CONFIGS / "strategies").glob("*.yaml"))
 OTHERS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-SMOOTHED = {"omniquant", "lrquant", "lrquant_tokens"}
+SMOOTHED = {"omniquant", "lrquant", "lrquant_plus", "lrquant_tokens"}
 CPU = ("--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
 Built = tuple[QuantLM, CalibrationData, BlockTrainer]
 
@@ -106,17 +106,20 @@ def test_every_method_with_every_scheme(build: Any, method: str, scheme: str) ->
 def test_what_the_methods_learn_with(build: Any) -> None:
     """The settings that distinguish the papers."""
     found = {}
-    for method in ("omniquant", "lrquant", "lrquant_tokens"):
+    for method in ("omniquant", "lrquant", "lrquant_plus", "lrquant_tokens"):
         model, _, _ = build(f"methods/{method}", "schemes/w4a4")
         (smooth,), loss = model.transforms, model.objective
         assert isinstance(smooth, Smooth)
         assert isinstance(loss, Reconstruction)
         clip = model.weight_quantizer
         assert (clip.initial, clip.lr) == (4.0, 0.01)
+        assert (clip.factor_rank, loss.balance) == ((1, "ema") if method == "lrquant_plus" else (0, "sum"))
+        assert loss.faithful is False
         found[method] = (smooth.initial, smooth.shift, smooth.lr, loss.mse, loss.nlc, loss.rse, tuple(loss.targets))
     assert found == {
         "omniquant": ("balanced", "biased", 0.005, 1.0, 0.0, 0.0, ("fp",)),
         "lrquant": ("log", "all", 0.001, 1.0, 1.0, 0.0, ("fp",)),
+        "lrquant_plus": ("log", "all", 0.001, 1.0, 1.0, 0.0, ("fp", "fp_on_quantised")),
         "lrquant_tokens": ("log", "all", 0.001, 0.0, 1.0, 1.0, ("fp",)),
     }
 

@@ -291,3 +291,34 @@ def test_a_model_spread_over_two_gpus_computes_the_same(tmp_path: Path, stories_
     parted = spread(model, {0: 350_000, 1: 350_000, "cpu": 10**9})
     assert {parameter.device.index for parameter in parted.parameters()} == {0, 1}
     torch.testing.assert_close(parted(ids.cuda()).logits.cpu(), whole, rtol=1e-3, atol=1e-3)
+
+
+def test_adaptation_on_the_gpu_equals_that_on_the_cpu(tmp_path: Path, stories_dir: Path, shared_dir: Path) -> None:
+    text = shared_dir / "data/text/tinystories-test.jsonl"
+    # weights alone: with rounded activations last bits jump to other codes
+    device = ("--trainer.accelerator", "gpu")
+    fit(tmp_path / "run", stories_dir, text, *device, "-c", "schemes/w3a16", "--model.transforms.when", "always")
+    found = {}
+    for device in ("gpu", "cpu"):
+        run(
+            *("eval", "--run", str(tmp_path / "run"), "--text.tiny", str(text), "--windows", "24", "--length", "128"),
+            *("-c", "tta/transductive", "-c", "tta/online", "-c", "tta/best", "--trainer.accelerator", device),
+            *("--json", str(tmp_path / f"{device}.json"), "--model.matmul", "highest"),
+        )
+        found[device] = json.loads((tmp_path / f"{device}.json").read_text())["tta"]
+    for name, adapted in found["gpu"].items():
+        assert adapted["ppl"]["tiny"] != adapted["without"]["tiny"]
+        assert adapted["ppl"]["tiny"] == pytest.approx(found["cpu"][name]["ppl"]["tiny"], rel=5e-3)
+
+
+def test_tasks_are_adapted_to_on_the_gpu(tmp_path: Path, stories_dir: Path, shared_dir: Path) -> None:
+    text = shared_dir / "data/text/tinystories-test.jsonl"
+    fit(tmp_path / "run", stories_dir, text)
+    tasks = ("--tasks", "piqa_local", "--include_path", str(shared_dir / "data/lm_eval_tasks"), "--limit", "60")
+    configs = ("-c", "tta/transductive", "-c", "tta/online")
+    run("eval", "--run", str(tmp_path / "run"), *tasks, *configs, "--trainer.accelerator", "gpu")
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    for name in ("transductive", "online"):
+        assert metrics["tta"][name]["tasks"]["piqa_local"]["n"] == 60
+        assert metrics["tta"][name]["tasks_without"] == metrics["tasks"]["results"]
+        assert metrics["tta"][name]["task_details"]["piqa_local"]["adapted_on"] > 0

@@ -200,9 +200,9 @@ class Streams:
         return max(PASS_BYTES // batch_bytes, 1) * self.batch_size
 
 
-def resting_place(stream_bytes: int, device: torch.device) -> torch.device:
-    """Where an evaluation's two streams of this size lie: on the device if they fit, else in host memory."""
-    place = Budget().place(device, stream_bytes, streams=2)
+def resting_place(stream_bytes: int, device: torch.device, streams: int = 2) -> torch.device:
+    """Where an evaluation's streams of this size lie: on the device if they fit, else in host memory."""
+    place = Budget().place(device, stream_bytes, streams)
     return device if place == "device" else torch.device("cpu")
 
 

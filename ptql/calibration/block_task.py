@@ -58,6 +58,7 @@ class BlockTask(LightningModule):
         self.quantizers = nn.ModuleDict({name.replace(".", "/"): q for name, q in quantizers.items()})
         self._matrices = {f"{name}.weight" for name, m in student.named_modules() if isinstance(m, QuantLinear)}
         self.objective = objective
+        self.balance = objective.balance_for_block()
         self._optimizer = optimizer
         self._dense = dense
         self.seed: int | None = None
@@ -184,10 +185,11 @@ class BlockTask(LightningModule):
         return self.objective.terms(output, targets)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, terms = self._plain_loss(batch) if self._step is None else self._captured_loss(batch)
+        loss, terms = self.plain_loss(batch) if self._step is None else self._captured_loss(batch)
         if self._logger_is_due():
             losses = {f"loss/{name}": term.detach() for name, term in terms.items()}
-            self.log_dict({**losses, "loss/total": loss.detach()})  # on no bar of Lightning's: it waits for the device
+            plain = total(terms).detach()  # not what is differentiated, which may say nothing of progress
+            self.log_dict({**losses, "loss/total": plain})  # on no bar of Lightning's: it waits for the device
         return loss
 
     def _logger_is_due(self) -> bool:
@@ -195,11 +197,12 @@ class BlockTask(LightningModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return bool(every) and (self.trainer.global_step + 1) % every == 0
 
-    def _plain_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def plain_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is differentiated on a batch, and the weighted terms; their sum is added to `epoch_loss`."""
         terms = self.terms(batch)
         loss = total(terms)
         self.epoch_loss += loss.detach()
-        return loss, terms
+        return self.balance(loss, terms), terms
 
     def _captured_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         assert self._step is not None

@@ -95,7 +95,7 @@ class DryRun:
                 f"{source.directory}: its first block gives numbers that are not finite; its weights are damaged, "
                 "or belong to another architecture: fetch the model again"
             )
-        task = model.block_task(0, model.student(block, source), source, ranges, streams)
+        task = model.block_task(0, model.student(block, source), source, ranges, streams.context)
         if self.learns and task.initial:
             self._one_step(task, streams)
         record, output = finish_block(task, streams, source.layout, ranges)

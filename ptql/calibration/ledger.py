@@ -67,7 +67,7 @@ class Ledger:
         }
         path = self.folder / MANIFEST
         if path.is_file():
-            self._continue(_manifest(path))
+            self._continue(read_manifest(path))
         elif taken := [name for name in OURS if (run / name).exists() and not self._just_begun(name)]:
             raise InputError(
                 f"{run}: holds {', '.join(taken)} but no ledger of this run; "
@@ -85,7 +85,7 @@ class Ledger:
             raise InputError(
                 f"{self.folder}: ledger version {found.get('version')}, this ptql writes {VERSION}; start anew"
             )
-        if (changed := _change(theirs, mine)) is not None:
+        if (changed := difference(theirs, mine)) is not None:
             key, before, now = changed
             raise InputError(
                 f"{self.run}: holds another run, whose {key} was {before!r} and is {now!r} now; "
@@ -178,7 +178,8 @@ def shared_ledger(
     return ledger, {index for index, whole in enumerate(everywhere.tolist()) if whole}, damaged
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a ledger's manifest says; `InputError` if it is damaged."""
     try:
         found = dict(json.loads(path.read_text(encoding="utf-8")))
         if found.get("version") == VERSION:
@@ -190,13 +191,13 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: damaged ({error}); remove {path.parent.parent} and start anew") from None
 
 
-def _change(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
+def difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
     """The first difference of two nested settings: where it is, and both values."""
     if before == now:
         return None
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted(before.keys() | now.keys()):
-            if found := _change(before.get(name), now.get(name), f"{key}.{name}" if key else name):
+            if found := difference(before.get(name), now.get(name), f"{key}.{name}" if key else name):
                 return found
     return key, before, now
 

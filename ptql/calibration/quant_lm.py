@@ -13,7 +13,6 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
 from ptql import __version__
-from ptql.calibration.activations import Streams
 from ptql.calibration.block_task import BlockTask
 from ptql.checkpoint import Checkpoint, resolve
 from ptql.engine.engine import Engine, EngineName
@@ -132,13 +131,16 @@ class QuantLM(LightningModule):
             linears=source.layout.names,
             shifted_norms=tuple(sorted(added.norms)),
             added_biases=tuple(sorted(added.linears)),
+            factor_rank=self.weight_quantizer.factor_rank if self.weight.quantised else 0,
         )
 
-    def student(self, block: nn.Module, source: Checkpoint) -> nn.Module:
-        """Turn a block of the source into the quantised student, in place."""
+    def student(self, block: nn.Module, source: Checkpoint, activation: ActivationScheme | None = None) -> nn.Module:
+        """Turn a block of the source into the quantised student, in place; `activation` in place of the recipe's."""
         added = self.added_biases(block, source)
         kernels = self.engine.kernels(next(block.parameters()).device)
-        return make_student(block, source.layout, added, self.activation_quantizer, self.activation, kernels)
+        return make_student(
+            block, source.layout, added, self.activation_quantizer, activation or self.activation, kernels
+        )
 
     def block_task(
         self,
@@ -146,9 +148,19 @@ class QuantLM(LightningModule):
         student: nn.Module,
         source: Checkpoint,
         ranges: dict[str, InputRange],
-        streams: Streams,
+        context: dict[str, Any],
+        objective: Objective | None = None,
     ) -> BlockTask:
-        """What learns block `index`, on the student's device."""
+        """What learns block `index`, on the student's device.
+
+        Args:
+            index: Of the block, from 0.
+            student: Made by `student`.
+            source: Of the block.
+            ranges: At the inputs of its linear layers.
+            context: Its keyword arguments: mask, RoPE.
+            objective: In place of the recipe's.
+        """
         weights = weights_of(student)
         facts = BlockFacts(source.layout, weights, ranges, index, source.num_blocks)
         quantizers = {
@@ -158,10 +170,10 @@ class QuantLM(LightningModule):
         }
         task = BlockTask(
             student,
-            streams.context,
+            context,
             [transform.for_block(facts) for transform in self.transforms],
             quantizers,
-            self.objective,
+            objective or self.objective,
             self.optimizer,
             source.dtype(),
             self.engine,

@@ -40,7 +40,8 @@ from ptql.calibration.trainer_options import check_options
 from ptql.calibration.usual_callbacks import with_usual_callbacks
 from ptql.callbacks import BlockCallback, BlockCheckpoint
 from ptql.errors import InputError, RunError
-from ptql.evaluation.evaluate import METRICS, MODEL, Measurement, evaluate_run
+from ptql.evaluation.evaluate import Measurement, evaluate_run
+from ptql.evaluation.recorded_run import METRICS, MODEL
 from ptql.evaluation.report import REPORT, write_report
 from ptql.evaluation.results import merge_metrics
 from ptql.evaluation.size import model_size
@@ -209,7 +210,7 @@ class BlockTrainer(Trainer):
                 "fetch the model again"
             )
         student = model.student(block, source)  # the same module, changed in place
-        task = model.block_task(self.block, student, source, ranges, streams)
+        task = model.block_task(self.block, student, source, ranges, streams.context)
         if found is not None:
             stored = {name: tensor.to(device) for name, tensor in found.stored.items()}
             streams.advance(streams.output(task.student, task.decode(stored)))
@@ -361,6 +362,7 @@ class BlockTrainer(Trainer):
                 max_windows=windows,
                 batch_size=batch_size,
             ),
+            self,
         )
 
     def _precision_of_products(self, model: QuantLM) -> None:

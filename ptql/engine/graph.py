@@ -184,10 +184,10 @@ def _forget_workspaces() -> None:
 def signature(task: BlockTask, optimizer: Optimizer, settings: StepSettings) -> Hashable:
     """Equal for blocks whose steps are the same computation on other numbers."""
     tensors = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in _tensors(task))
-    parts = (("student", task.student), ("transforms", task.transforms), ("quantizers", task.quantizers))
+    parts = {part: getattr(task, part) for part in ("student", "transforms", "quantizers", "balance")}
     modules = tuple(
         (f"{part}.{name}", type(module), _fixed(vars(module)))
-        for part, whole in parts
+        for part, whole in parts.items()
         for name, module in whole.named_modules()
     )
     context = tuple(

@@ -136,6 +136,8 @@ class Step:
 
     def _share(self) -> None:
         torch.distributed.all_reduce(self._flat)
+        for buffer in self.task.balance.buffers():  # as a plain step begins, and as a checkpoint has it for all
+            torch.distributed.broadcast(buffer, src=0)
 
     def take_skipped(self) -> int:
         """How many steps were skipped since this was asked last; waits for the device."""
@@ -168,8 +170,9 @@ class Step:
         folded = self._folded[self._fold]
         with torch.enable_grad(), merged_products(self.task.student), self._autocast():
             loss, terms = self._forward(folded.leaves, batch)
+            balanced = self.task.balance(loss, terms)
         leaves = [folded.leaves[name] for name in folded.made]
-        by_weight = torch.autograd.grad(loss, leaves, allow_unused=True)
+        by_weight = torch.autograd.grad(balanced, leaves, allow_unused=True)
         if self.settings.accumulate > 1:
             for into, grad in zip(self._sums, by_weight, strict=True):
                 if grad is not None:

@@ -7,24 +7,29 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 
 from ptql.calibration.texts import read_text
 from ptql.calibration.tokens import bos_token, consecutive_windows, load_tokenizer, tokenize
+from ptql.callbacks import BlockCallback
 from ptql.checkpoint import Checkpoint, resolve
 from ptql.errors import InputError
-from ptql.evaluation.perplexity import perplexity
+from ptql.evaluation.domains import domain
+from ptql.evaluation.perplexity import perplexity, window_losses
+from ptql.evaluation.recorded_run import METRICS, MODEL, RecordedRun, source_of
 from ptql.evaluation.report import write_report
 from ptql.evaluation.results import merge_metrics, print_results, read_metrics
-from ptql.evaluation.tasks import check_tasks, run_tasks
-from ptql.evaluation.whole import load_whole
+from ptql.evaluation.tasks import check_tasks
+from ptql.evaluation.tasks_under_test import TasksUnderTest
+from ptql.evaluation.text_under_test import TextUnderTest
+
+if TYPE_CHECKING:
+    from ptql.calibration.trainer import BlockTrainer
 
 USUAL_LENGTH = 2048
-METRICS = "metrics.json"
-MODEL = "model"
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ def evaluate_run(
     results: str | Path | None,
     compare_source: bool,
     measurement: Measurement,
+    trainer: BlockTrainer,
 ) -> dict[str, Any]:
     """Measure a finished run's model, or a model directory; print, keep and return what was found.
 
@@ -75,78 +81,119 @@ def evaluate_run(
         results: JSON file for the results instead.
         compare_source: Measure the run's full-precision source too; found under `source`.
         measurement: What, and where.
+        trainer: Whose callbacks may measure in their ways.
     """
     if (run is None) == (source is None):
         raise InputError("eval measures one model: give either --run RUN or --model.source DIR")
     if run is None:
         if compare_source:
             raise InputError("compare_source=true: only a run has a source; give --run RUN")
-        return evaluate(source or "", None if results is None else Path(results), measurement)
+        file = Path(results) if results else None
+        return Evaluation(Checkpoint(resolve(source or "")), measurement, trainer).save(file)
     run = Path(run)
     if not (run / MODEL).is_dir():
         raise InputError(f"{run}: no finished model in this run; let `ptql fit` end first")
     file = Path(results) if results else run / METRICS
-    compared = Checkpoint(resolve(_source_of(run))) if compare_source else None
-    found = evaluate(run / MODEL, file, measurement)
+    compared = Checkpoint(resolve(source_of(run))) if compare_source else None
+    found = Evaluation(Checkpoint(run / MODEL), measurement, trainer, run).save(file)
     if compared is not None:
-        found = {**found, "source": evaluate(compared.directory, file, measurement, section="source")}
+        found = {**found, "source": Evaluation(compared, measurement).save(file, section="source")}
     if not results:
         print(f"{write_report(run)} shows it")
     return found
 
 
-def evaluate(
-    source: str | Path, results: Path | None, measurement: Measurement, section: str | None = None
-) -> dict[str, Any]:
-    """Perplexity on texts and lm-eval tasks; printed, merged into the file `results`, and returned.
-
-    Every input is checked before the first block is read.
+class Evaluation:
+    """One model's measurements. Every input is checked before the first block is read.
 
     Args:
-        source: Model directory or hub id.
-        results: JSON file, or None.
+        model: Full precision, or packed by ptql.
         measurement: What, and where.
-        section: Key under which `results` gets it all; None for the top.
+        trainer: Whose callbacks may measure in their ways, too; None for no callbacks.
+        run: Whose model this is.
     """
-    m = measurement
-    if results is not None:
-        read_metrics(results)
-    model = Checkpoint(resolve(source))
-    tokenizer = load_tokenizer(model.directory)
-    length = _window_length(m.length, model.context)
-    texts = m.texts if m.texts or m.tasks else {"pydoc": "pydoc"}
-    bos = bos_token(tokenizer, model.family.bos)
-    windows = {
-        name: consecutive_windows(tokenize(tokenizer, read_text(text, "evaluation")), length, bos)[: m.max_windows]
-        for name, text in texts.items()
-    }
-    if m.tasks:
-        check_tasks(m.tasks, m.include_path)
-    found: dict[str, Any] = {"ppl": {}, "ppl_details": {}} if windows else {}
-    for name, ids in windows.items():
-        began = time.monotonic()
-        found["ppl"][name] = perplexity(model, ids, m.device, m.batch_size, _report(name))
-        seconds = round(time.monotonic() - began, 1)
-        found["ppl_details"][name] = {"windows": len(ids), "length": length, "seconds": seconds}
-    if m.tasks:
-        whole = load_whole(model, m.device)
-        found["tasks"] = run_tasks(
-            whole, tokenizer, m.tasks, m.include_path, m.limit, m.batch_size, length, model.family.bos
+
+    def __init__(
+        self,
+        model: Checkpoint,
+        measurement: Measurement,
+        trainer: BlockTrainer | None = None,
+        run: Path | None = None,
+    ) -> None:
+        self.model, self.measurement, self._trainer, self._run = model, measurement, trainer, run
+        self._callbacks = [c for c in getattr(trainer, "callbacks", []) if isinstance(c, BlockCallback)]
+        self._tokenizer = load_tokenizer(model.directory)
+
+    def save(self, results: Path | None, section: str | None = None) -> dict[str, Any]:
+        """Measure; print it, merge it into the JSON file `results` (under `section`, if given), and return it."""
+        if results is not None:
+            read_metrics(results)
+        found = self.measured()
+        if section is not None:
+            print(f"{section}: {self.model.directory}")
+        print_results(found, Console())
+        if results is not None:
+            merge_metrics(results, found if section is None else {section: found})
+            print(f"written to {results}")
+        return found
+
+    def measured(self) -> dict[str, Any]:
+        """Perplexity of each text, scores of the tasks, and what callbacks add."""
+        m, model = self.measurement, self.model
+        length = _window_length(m.length, model.context)
+        texts = m.texts if m.texts or m.tasks else {"pydoc": "pydoc"}
+        bos = bos_token(self._tokenizer, model.family.bos)
+        windows = {
+            name: consecutive_windows(tokenize(self._tokenizer, read_text(text, "evaluation")), length, bos)
+            for name, text in texts.items()
+        }
+        windows = {name: ids[: m.max_windows] for name, ids in windows.items()}
+        if m.tasks:
+            check_tasks(m.tasks, m.include_path)
+        recorded = self._recorded()
+        tasks = self._tasks(length, recorded)
+        self._notify("on_eval_start", recorded, windows, tasks)
+        found: dict[str, Any] = {"ppl": {}, "ppl_details": {}} if windows else {}
+        for name, ids in windows.items():
+            began = time.monotonic()
+            losses = window_losses(model, ids, m.device, m.batch_size, _report(name))
+            found["ppl"][name] = perplexity(losses, length)
+            seconds = round(time.monotonic() - began, 1)
+            found["ppl_details"][name] = {"windows": len(ids), "length": length, "seconds": seconds}
+            if self._run is not None and (kind := domain(name, self._run)) is not None:
+                found["ppl_details"][name]["domain"] = kind
+            if recorded is not None:
+                self._notify(
+                    "on_text_measured", TextUnderTest(name, ids, losses, recorded, m.device, m.batch_size), found
+                )
+        if recorded is not None:
+            recorded.model.engine.forget()  # a whole model needs the room that graphs of a block keep
+        if tasks is not None:
+            found["tasks"] = tasks.scores()
+            if recorded is not None:
+                self._notify("on_tasks_measured", tasks, found)
+                recorded.model.engine.forget()
+        return found
+
+    def _tasks(self, length: int, run: RecordedRun | None) -> TasksUnderTest | None:
+        """The tasks, if there are any; neither their questions nor the model that answers them are loaded yet."""
+        m = self.measurement
+        if not m.tasks:
+            return None
+        given = (m.tasks, m.include_path, m.limit)
+        return TasksUnderTest(*given, self.model, self._tokenizer, run, m.device, m.batch_size, length)
+
+    def _recorded(self) -> RecordedRun | None:
+        """The run, opened again, where a callback wants to know."""
+        hooks = ("on_eval_start", "on_text_measured", "on_tasks_measured")
+        wanted = any(
+            getattr(type(c), hook) is not getattr(BlockCallback, hook) for c in self._callbacks for hook in hooks
         )
-    if section is not None:
-        print(f"{section}: {model.directory}")
-    print_results(found, Console())
-    if results is not None:
-        merge_metrics(results, found if section is None else {section: found})
-        print(f"written to {results}")
-    return found
+        return RecordedRun.open(self._run) if wanted and self._run is not None else None
 
-
-def _source_of(run: Path) -> str:
-    source = read_metrics(run / METRICS).get("fit", {}).get("source")
-    if not isinstance(source, str):
-        raise InputError(f"{run / METRICS}: does not say what the source was; measure it with --model.source DIR")
-    return source
+    def _notify(self, hook: str, *subjects: Any) -> None:
+        for callback in self._callbacks:
+            getattr(callback, hook)(self._trainer, *subjects)
 
 
 def _window_length(length: int | None, context: int) -> int:

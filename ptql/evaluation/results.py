@@ -20,14 +20,15 @@ from ptql.errors import InputError
 def merge_metrics(path: Path, update: Mapping[str, Any]) -> dict[str, Any]:
     """Add `update` to the JSON file of metrics, and return what the file then holds.
 
-    Dicts are merged key by key at every depth; any other value of `update` replaces the old one. Infinities
+    Dicts are merged key by key at every depth, but for those that name their `settings`: with other settings they
+    replace the old ones, or figures of both would stand side by side. Any other value replaces the old one. Infinities
     and nan, which JSON doesn't have, are stored as "inf", "-inf" and "nan". The file is replaced in one step,
     so that a kill never leaves half of it; missing folders are made.
 
     Raises:
         InputError: The file is there but can't be read as a JSON object.
     """
-    merged = _storable(_deep_merge(read_metrics(path), update))
+    merged = _deep_merge(read_metrics(path), _storable(update))
     text = json.dumps(merged, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -43,12 +44,16 @@ def print_results(metrics: Mapping[str, Any], console: Console) -> None:
     """Print the perplexities, task scores and size in `metrics`, which has the shape of metrics.json.
 
     Absent parts are left out. Tasks show acc and acc_norm side by side; their other metrics have a table
-    of their own.
+    of their own, and test-time adaptation has one.
     """
-    if ppl := metrics.get("ppl"):
-        console.print(results_table([{"text": name, "perplexity": _number(value, 2)} for name, value in ppl.items()]))
+    if metrics.get("ppl"):
+        console.print(results_table(_text_rows(metrics)))
+    if rows := _adapted_text_rows(metrics):
+        console.print(results_table(rows))
+    if compat := [f"{name} (compat: {t['compat']})" for name, t in metrics.get("tta", {}).items() if "compat" in t]:
+        console.print(Text(f"{', '.join(compat)}: as the original code, without rounding the last block's activations"))
     accuracies, others = _task_rows(metrics.get("tasks", {}).get("results", {}))
-    for rows in (accuracies, others):
+    for rows in (accuracies, others, _adapted_task_rows(metrics.get("tta", {}))):
         if rows:
             console.print(results_table(rows))
     if size := _size_line(metrics):
@@ -72,6 +77,35 @@ def results_table(rows: Sequence[Mapping[str, str]]) -> Table:
     return table
 
 
+def _text_rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Rows of perplexities, one a text."""
+    rows = []
+    for text, value in metrics["ppl"].items():
+        kind = metrics.get("ppl_details", {}).get(text, {}).get("domain")
+        rows.append({"text": text, **({"domain": kind} if kind else {}), "perplexity": _number(value, 2)})
+    return rows
+
+
+def _adapted_text_rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Rows of perplexities without and with test-time adaptation, one for each text and adaptation.
+
+    They are over the same windows, and in seconds of adapting and measuring.
+    """
+    return [
+        {
+            "text": text,
+            "adaptation": f"{name} (as {tta['compat']})" if tta.get("compat", name) != name else name,
+            "windows": str(tta["details"][text]["windows"]),
+            "without": _number(tta["without"][text], 2),
+            "with": _number(value, 2),
+            "seconds": _number(tta["details"][text]["seconds"], 1),
+        }
+        for text in metrics.get("ppl", {})
+        for name, tta in metrics.get("tta", {}).items()
+        if (value := tta.get("ppl", {}).get(text)) is not None
+    ]
+
+
 def _task_rows(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Rows of accuracies, one a task, and rows of the other metrics, one a metric."""
     accuracies, others = [], []
@@ -86,6 +120,24 @@ def _task_rows(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[dict[str,
             if name not in ("n", "acc", "acc_norm") and not name.partition(",")[0].endswith("_stderr")
         ]
     return accuracies, others
+
+
+def _adapted_task_rows(adaptations: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Rows of a task's scores without and with test-time adaptation, one for each metric and adaptation."""
+    return [
+        {
+            "task": task,
+            "metric": metric,
+            "adaptation": name,
+            "n": str(scores.get("n", "")),
+            "without": _number(tta["tasks_without"][task][metric], 3),
+            "with": _number(scores[metric], 3),
+        }
+        for name, tta in adaptations.items()
+        for task, scores in tta.get("tasks", {}).items()
+        for metric in scores
+        if metric != "n" and not metric.partition(",")[0].endswith("_stderr")
+    ]
 
 
 def _score(scores: Mapping[str, Any], name: str) -> str:
@@ -136,10 +188,14 @@ def _deep_merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any
     merged = dict(old)
     for key, value in new.items():
         before = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
+        if isinstance(value, Mapping) and isinstance(before, Mapping) and _same_settings(before, value):
             value = _deep_merge(before, value)
         merged[key] = value
     return merged
+
+
+def _same_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return old.get("settings", new.get("settings")) == new.get("settings")
 
 
 def _storable(value: Any) -> Any:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import io
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from itertools import groupby
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +20,13 @@ from typing import TYPE_CHECKING, Any
 from ptql.errors import InputError
 
 if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Parts = Callable[[str, "list[Instance]"], "Generator[list[Instance], None, None]"]
+"""Yields a task's requests, in order, in the parts in which they are to be answered; may change the model between."""
 
 # lm-eval computes no standard error at all with 0, not even that of a mean, which needs no resampling.
 BOOTSTRAP_ITERS = 1000
@@ -49,6 +56,8 @@ def run_tasks(
     batch_size: int = 8,
     max_length: int | None = None,
     bos: bool = False,
+    samples: Mapping[str, Sequence[int]] | None = None,
+    parts: Parts | None = None,
 ) -> dict[str, Any]:
     """Scores of the model on each task, as `lm_eval --model hf` gives them with its default settings.
 
@@ -65,6 +74,8 @@ def run_tasks(
         batch_size: Questions in one forward pass.
         max_length: Longest prompt in tokens, a longer one loses its beginning; None takes the model's limit.
         bos: Begin every prompt with the tokenizer's `<bos>`; else it begins as the tokenizer does by itself.
+        samples: The documents to ask, by their index, of each (sub)task; then `limit` does not count.
+        parts: Each (sub)task is asked after the other, in these parts; else all at once.
 
     Returns:
         `{"lm_eval_version": str, "limit": int | None, "results": {task: {"acc": float, ..., "n": int}}}` with
@@ -86,21 +97,18 @@ def run_tasks(
     with _quiet(), _no_retying(model), isolate_rng():
         # add_bos_token None: as the tokenizer does by itself
         options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "add_bos_token": bos or None}
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, **options)  # pyright: ignore[reportCallIssue]
-        try:
+        kind = HFLM if parts is None else _in_parts(parts)
+        harness = kind(pretrained=model, tokenizer=tokenizer, **options)  # pyright: ignore[reportCallIssue]
+        with _readable(tasks):
             report = simple_evaluate(
                 model=harness,
                 tasks=list(tasks),
                 task_manager=manager,
-                limit=limit,
+                limit=limit if samples is None else None,
+                samples=None if samples is None else {task: list(indices) for task, indices in samples.items()},
                 bootstrap_iters=BOOTSTRAP_ITERS,
                 log_samples=False,
             )
-        except (ConnectionError, FileNotFoundError) as error:  # also datasets.DatasetNotFoundError
-            raise InputError(
-                f"tasks={','.join(tasks)}: the questions must be readable, but {_one_line(error)}; "
-                "fetch them once while online, or give --include_path with tasks that read local files"
-            ) from error
     return {
         "lm_eval_version": lm_eval.__version__,
         "limit": limit,
@@ -111,6 +119,65 @@ def run_tasks(
             if "sample_len" in metrics
         },
     }
+
+
+def read_prompts(
+    tasks: Sequence[str], include_path: Path | None = None, limit: int | None = None
+) -> dict[str, list[list[str]]]:
+    """What a model would be asked, by (sub)task and document: each context of a document once, and no answer.
+
+    Examples that a task puts before its questions (few-shot) are left out, since they show answers, of the documents
+    under test where a task has no others.
+
+    Args:
+        tasks: Names of tasks, groups or tags.
+        include_path: As in `run_tasks`.
+        limit: Only the first so many documents of each task.
+
+    Raises:
+        InputError: As in `run_tasks`; or a task has no prompts but the texts themselves.
+    """
+    manager, found = _index_tasks(tasks, include_path), {}
+    with _quiet(), _readable(tasks):
+        for name, task in manager.load(list(tasks))["tasks"].items():
+            if task.OUTPUT_TYPE == "loglikelihood_rolling":
+                raise InputError(
+                    f"tasks={name}: it has no prompts, and measures how likely its texts are; "
+                    "leave it out, or measure the perplexity of a text file with --text.NAME FILE"
+                )
+            task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(0)
+            with contextlib.redirect_stderr(io.StringIO()):  # a bar of progress, of a moment
+                task.build_all_requests(limit=limit)
+            documents = [
+                dict.fromkeys(context for instance in instances if (context := instance.args[0]))
+                for _, instances in groupby(task.instances, key=lambda instance: instance.doc_id)
+            ]
+            found[name] = [list(contexts) for contexts in documents]
+    return found
+
+
+def _in_parts(parts: Parts) -> type[HFLM]:
+    """lm-eval's model that answers the requests of one task after the other, each in parts."""
+    from lm_eval.models.huggingface import HFLM
+
+    class InParts(HFLM):
+        def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            return _answers(super().loglikelihood, requests)
+
+        def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+            return _answers(super().generate_until, requests)
+
+    def _answers(answer: Callable[..., list[Any]], requests: list[Instance]) -> list[Any]:
+        answers = []
+        for task, asked in groupby(requests, key=lambda instance: instance.task_name):
+            # Closed by hand: what the parts changed is put back at once, also where answering breaks.
+            with contextlib.closing(parts(str(task), every := list(asked))) as pieces:
+                for piece in pieces:
+                    answers += answer(piece, disable_tqdm=len(piece) < len(every)) if piece else []
+        return answers
+
+    return InParts
 
 
 def _add_bos(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -166,6 +233,18 @@ def _plain_metrics(metrics: Mapping[str, Any]) -> dict[str, float | int]:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def _readable(tasks: Sequence[str]) -> Iterator[None]:
+    """Say in one line that a task's questions can't be read."""
+    try:
+        yield
+    except (ConnectionError, FileNotFoundError) as error:  # also datasets.DatasetNotFoundError
+        raise InputError(
+            f"tasks={','.join(tasks)}: the questions must be readable, but {_one_line(error)}; "
+            "fetch them once while online, or give --include_path with tasks that read local files"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ from ptql.parts.activations.dynamic import TokenRounding
 from ptql.recipe import ActivationScheme, IntScheme
 
 QUANT_METHOD = "ptql"
-FORMAT_VERSION = 1
+VERSIONS = (1, 2)
+"""Of the format: 2 has factors, and is written only where there are some, so that older readers have the others."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class PackedFormat:
         linears: The linear layers that are packed.
         shifted_norms: Norms that were given a bias.
         added_biases: Linear layers that were given a bias.
+        factor_rank: Rank of the factors that multiply the weights in `linears`; 0 for none.
         ptql_version: The version that wrote the model.
     """
 
@@ -48,6 +50,7 @@ class PackedFormat:
     linears: tuple[str, ...]
     shifted_norms: tuple[str, ...] = ()
     added_biases: tuple[str, ...] = ()
+    factor_rank: int = 0
     ptql_version: str = __version__
 
     @property
@@ -57,9 +60,9 @@ class PackedFormat:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of `quantization_config`."""
-        return {
+        described = {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": 2 if self.factor_rank else 1,
             "ptql_version": self.ptql_version,
             "method": self.method,
             "weight": asdict(self.weight),
@@ -70,6 +73,7 @@ class PackedFormat:
             "shifted_norms": list(self.shifted_norms),
             "added_biases": list(self.added_biases),
         }
+        return {**described, "factor_rank": self.factor_rank} if self.factor_rank else described
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> PackedFormat:
@@ -79,10 +83,10 @@ class PackedFormat:
             InputError: Another format version, or a key that is missing or of the wrong kind.
         """
         version = stored.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in VERSIONS:
             writer = stored.get("ptql_version", "unknown")
             raise InputError(
-                f"format_version={version!r}: ptql {__version__} reads version {FORMAT_VERSION}; "
+                f"format_version={version!r}: ptql {__version__} reads versions {' and '.join(map(str, VERSIONS))}; "
                 f"load the model with the ptql that wrote it ({writer}), or quantise it again"
             )
         weight, activation = _take(stored, "weight", dict), _take(stored, "activation", dict)
@@ -100,6 +104,7 @@ class PackedFormat:
             linears=_names(stored, "linears"),
             shifted_norms=_names(stored, "shifted_norms"),
             added_biases=_names(stored, "added_biases"),
+            factor_rank=0 if version == 1 else _rank(stored),
             ptql_version=_take(stored, "ptql_version", str),
         )
 
@@ -129,6 +134,7 @@ def prepare_block(block: nn.Module, fmt: PackedFormat) -> None:
                 rounding=rounding,
                 device=linear.weight.device,
                 dtype=linear.weight.dtype,
+                factor_rank=fmt.factor_rank,
             )
         else:
             new = QuantLinear(linear.weight, linear.bias, rounding)
@@ -160,10 +166,17 @@ def _module(block: nn.Module, name: str) -> nn.Module:
 def _take(stored: Mapping[str, Any], key: str, kind: type) -> Any:
     """The value of `key`, which must be there and a `kind`."""
     if key not in stored:
-        raise InputError(f"quantization_config: {key!r} is missing from version {FORMAT_VERSION}; {_REMEDY}")
+        raise InputError(f"quantization_config: {key!r} is missing; {_REMEDY}")
     if type(stored[key]) is not kind:
         raise InputError(f"quantization_config: {key}={stored[key]!r} is not a {kind.__name__}; {_REMEDY}")
     return stored[key]
+
+
+def _rank(stored: Mapping[str, Any]) -> int:
+    rank = _take(stored, "factor_rank", int)
+    if rank < 1:
+        raise InputError(f"quantization_config: factor_rank={rank} is not above 0; {_REMEDY}")
+    return rank
 
 
 def _names(stored: Mapping[str, Any], key: str) -> tuple[str, ...]:

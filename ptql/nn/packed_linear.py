@@ -1,4 +1,4 @@
-"""A linear layer that holds its weight as it is stored: packed codes, scales, zero points."""
+"""A linear layer that holds its weight as it is stored: packed codes, scales, zero points, factors."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from ptql.functional import affine
+from ptql.functional.factored import factor
 from ptql.functional.packing import pack, packed_bytes, unpack
 from ptql.nn.quant_linear import QuantLinear, Rounding
 from ptql.recipe import IntScheme
 
-# axes: out, in = weight rows, columns; g = groups of columns that share a scale
+# axes: out, in = weight rows, columns; g = groups of columns that share a scale; k = rank of the factor
 
-# Scales are float16 numbers kept as int16, their bit pattern: `from_pretrained(dtype=...)`, `.to(dtype)` and
-# `.half()` cast every floating tensor they meet, and bfloat16 keeps seven of a scale's ten mantissa bits.
-STORED_SCALE = torch.int16
+# Scales and factors are float16 numbers kept as int16, their bit pattern: `from_pretrained(dtype=...)`, `.to(dtype)`
+# and `.half()` cast every floating tensor they meet, and bfloat16 keeps seven of a scale's ten mantissa bits.
+STORED_HALF = torch.int16
+LARGEST_HALF = 65504.0
 
 
 def packed_tensors(
@@ -24,10 +26,21 @@ def packed_tensors(
     scale: Float[Tensor, "out g"],
     zero: UInt8[Tensor, "out g"] | None,
     bits: int,
+    factors: tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]] | None = None,
 ) -> dict[str, Tensor]:
-    """What is stored of one linear layer, from the result of `affine.encode`; keys as in `PackedLinear`."""
-    stored = {"codes": pack(codes, bits), "scale": scale.to(torch.float16).contiguous().view(STORED_SCALE)}
-    return stored if zero is None else {**stored, "zero": pack(zero, bits)}
+    """What is stored of one linear layer, from the result of `affine.encode` and the factors that multiply it, if
+    there are any; keys as in `PackedLinear`."""
+    stored = {"codes": pack(codes, bits), "scale": _stored_half(scale)}
+    if zero is not None:
+        stored["zero"] = pack(zero, bits)
+    if factors is not None:
+        stored |= {name: _stored_half(tensor) for name, tensor in zip(("left", "right"), factors, strict=True)}
+    return stored
+
+
+def _stored_half(tensor: Tensor) -> Tensor:
+    """Rounded to float16, as its bits."""
+    return tensor.detach().clamp(-LARGEST_HALF, LARGEST_HALF).to(torch.float16).contiguous().view(STORED_HALF)
 
 
 def dense_from_packed(
@@ -40,20 +53,24 @@ def dense_from_packed(
     """
     groups = scheme.groups(in_features)
     zero = None if scheme.symmetric else unpack(tensors["zero"], scheme.bits, groups)
-    return affine.dequantize(
+    rounded = affine.dequantize(
         unpack(tensors["codes"], scheme.bits, in_features),
         tensors["scale"].view(torch.float16),
         zero,
         scheme.bits,
         scheme.columns(in_features),
     )
+    if tensors.get("left") is None:
+        return rounded
+    return rounded * factor(*(tensors[name].view(torch.float16).float() for name in ("left", "right")))
 
 
 class PackedLinear(nn.Module):
     """A linear layer on packed weights, which are unpacked at every call: small, not fast.
 
     Buffers: `codes` uint8 [out, ceil(in * bits / 8)]; `scale` int16 [out, g], the bits of a float16; `zero`
-    uint8 [out, ceil(g * bits / 8)], None if symmetric. They are zero until a checkpoint is loaded.
+    uint8 [out, ceil(g * bits / 8)], None if symmetric; `left` int16 [out, k] and `right` int16 [k, in], the bits of
+    float16 factors, None without. They are zero until a checkpoint is loaded.
 
     Args:
         in_features: Columns of the weight.
@@ -63,11 +80,14 @@ class PackedLinear(nn.Module):
         rounding: Applied to the input, or None.
         device: Of buffers and bias.
         dtype: Of the bias.
+        factor_rank: k; 0 for no factors.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
 
     def __init__(
         self,
@@ -78,6 +98,7 @@ class PackedLinear(nn.Module):
         rounding: Rounding | None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        factor_rank: int = 0,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -86,13 +107,15 @@ class PackedLinear(nn.Module):
         self.rounding = rounding
         groups = scheme.groups(in_features)
 
-        def zeros(columns: int, kind: torch.dtype) -> Tensor:
-            return torch.zeros(out_features, columns, dtype=kind, device=device)
+        def zeros(columns: int, kind: torch.dtype, rows: int = out_features) -> Tensor:
+            return torch.zeros(rows, columns, dtype=kind, device=device)
 
         self.register_buffer("codes", zeros(packed_bytes(in_features, scheme.bits), torch.uint8))
-        self.register_buffer("scale", zeros(groups, STORED_SCALE))
+        self.register_buffer("scale", zeros(groups, STORED_HALF))
         points = None if scheme.symmetric else zeros(packed_bytes(groups, scheme.bits), torch.uint8)
         self.register_buffer("zero", points)
+        self.register_buffer("left", zeros(factor_rank, STORED_HALF) if factor_rank else None)
+        self.register_buffer("right", zeros(in_features, STORED_HALF, factor_rank) if factor_rank else None)
         start = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.bias = None if start is None else nn.Parameter(start, requires_grad=False)
 

@@ -11,6 +11,10 @@ from ptql.report.run_files import RunFiles, section
 from ptql.report.tables import DASH, absent, table, titled
 
 HEADING, NAME = "Quality", "quality"
+ADAPTED = (
+    "The last blocks learned on the text itself, without labels; without and with it are over the same windows. "
+    "A mark of rlq: as the original code, without rounding the last block's activations."
+)
 
 
 def quality(run: RunFiles) -> Markup:
@@ -24,6 +28,10 @@ def quality(run: RunFiles) -> Markup:
         columns = ["Text", "Full precision", "Quantised", "Ratio", "Windows"]
         parts += [tag("h3", "Perplexity"), tag("p", "Lower is better.", class_="hint-line")]
         parts.append(table(columns, perplexities, "Perplexity on each text"))
+    if adapted := _adapted(run):
+        columns = ["Text", "Adaptation", "Without", "With", "Windows", "Learned on", "Seconds"]
+        parts += [tag("h3", "Test-time adaptation"), tag("p", ADAPTED, class_="hint-line")]
+        parts.append(table(columns, adapted, "Perplexity without and with test-time adaptation", 2))
     if scores:
         columns = ["Task", "Metric", "Full precision", "Quantised", "Change", "Questions"]
         parts += [tag("h3", "Tasks"), tag("p", _tasks_words(run), class_="hint-line")]
@@ -42,6 +50,28 @@ def _perplexities(run: RunFiles) -> list[list[object]]:
         details = section(run.metrics, "ppl_details", name)
         windows = f"{details['windows']} × {details.get('length', '?')} tokens" if "windows" in details else DASH
         rows.append([name, _shown(source, name), _shown(ours, name), ratio, windows])
+    return rows
+
+
+def _adapted(run: RunFiles) -> list[list[object]]:
+    """A row for each text, and each task's metric, of each adaptation."""
+    rows: list[list[object]] = []
+    for name in section(run.metrics, "tta"):
+        found = section(run.metrics, "tta", name)
+        label = f"{name} ({found['compat']})" if found.get("compat", name) != name else name
+        ppl, without = section(found, "ppl"), section(found, "without")
+        for text in ppl:
+            details = section(found, "details", text)
+            counts = [details.get(key, DASH) for key in ("windows", "adapted_on", "seconds")]
+            rows.append([text, label, _shown(without, text), _shown(ppl, text), *counts])
+        for task in section(found, "tasks"):
+            mine, before = section(found, "tasks", task), section(found, "tasks_without", task)
+            details = section(found, "task_details", task)
+            counts = [details.get(key, DASH) for key in ("documents", "adapted_on", "seconds")]
+            for metric in mine:
+                if metric != "n" and not metric.partition(",")[0].endswith("_stderr"):
+                    values = _score(before, metric), _score(mine, metric)
+                    rows.append([f"{task}, {metric}", label, *values, *counts])
     return rows
 
 

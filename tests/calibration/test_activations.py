@@ -294,6 +294,6 @@ def test_beside_a_gpu_the_place_changes_no_bit(
         block = source.block(1, cuda)
         output = streams.output(block, weights_of(block))
         batches = [tensor for batch in streams.batches() for tensor in batch.values()]
-        assert {(tensor.device, tensor.dtype) for tensor in batches} == {(cuda, torch.float32)}
+        assert {(tensor.device, tensor.dtype) for tensor in batches} == {(cuda, dtype)}
         seen.append([tensor.cpu() for tensor in (output, streams.fp, *streams.targets.values(), *batches)])
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))

@@ -74,7 +74,7 @@ class Prepare:
         streams = Streams(source.shell(), some_ids(samples=5, tokens=12), 2, torch.device("cpu"))
         block = source.block(0)
         ranges = streams.teach(block, source.layout, model.objective.targets)
-        task = model.block_task(0, model.student(block, source), source, ranges, streams)
+        task = model.block_task(0, model.student(block, source), source, ranges, streams.context)
         return Prepared(task, streams, source, ranges)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ptql.calibration.activations import Streams, move
 from ptql.checkpoint import Checkpoint
-from ptql.evaluation.perplexity import perplexity, token_losses
+from ptql.evaluation.perplexity import perplexity, token_losses, window_losses
 from ptql.nn.student import weights_of
 from tests.models import FAMILIES, block_calls, gemma3_config, mistral_config, random_model, save, some_ids
 
@@ -36,8 +36,8 @@ def test_streams_go_from_block_to_block_with_each_ones_arguments(tmp_path: Path,
 def test_perplexity_gives_each_block_its_own(tmp_path: Path, name: str) -> None:
     model = random_model(FAMILIES[name])
     losses = token_losses(model(IDS, use_cache=False).logits, IDS) / (5 * 19)
-    found = perplexity(Checkpoint(save(model, tmp_path / "model")), IDS, torch.device("cpu"), 2)
-    assert found == pytest.approx(losses.exp().item(), rel=1e-4)
+    found = window_losses(Checkpoint(save(model, tmp_path / "model")), IDS, torch.device("cpu"), 2)
+    assert perplexity(found, IDS.shape[1]) == pytest.approx(losses.exp().item(), rel=1e-4)
 
 
 def test_a_tensor_that_is_there_twice_is_moved_once() -> None:

@@ -53,6 +53,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "w3a16": {"weight": IntScheme(3, -1), "weight_quantizer": Affine(lr=1e-2)},
     "w3a16, smoothed": {"weight": IntScheme(3, -1), "transforms": [Smooth(when="always", lr=1e-3)]},
     "w4a4": {"weight": IntScheme(4, -1), "activation": ActivationScheme(4), "transforms": [Smooth(lr=1e-3)]},
+    "w3a16, balanced": {
+        "weight": IntScheme(3, -1),
+        "weight_quantizer": Affine(lr=1e-2, factor_rank=2),
+        "objective": Reconstruction(targets=["fp", "fp_on_quantised"], balance="ema"),
+    },
 }
 SIZES_COUNT = {
     "weight": IntScheme(3, -1),
@@ -60,7 +65,7 @@ SIZES_COUNT = {
     "optimizer": gentle,
 }
 """Not only the direction of a gradient is learned from."""
-CLOSE = {"w3a16": 1e-4, "w3a16, smoothed": 3e-2, "w4a4": 3e-2}
+CLOSE = {"w3a16": 1e-4, "w3a16, smoothed": 3e-2, "w4a4": 3e-2, "w3a16, balanced": 3e-2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -312,6 +317,21 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(
     assert logged(run)["loss/total"] == logged(clean)["loss/total"]
 
 
+@pytest.mark.parametrize("engine", ["plain", "eager"])
+@pytest.mark.parametrize(("at", "accumulate"), [((0, 0, 0), 1), ((1, 1, 1), 1), ((0, 1, 1), 2)], ids=str)
+def test_running_averages_go_on_where_they_were(
+    fit: Fit, made: Made, engine: str, at: tuple[int, int, int], accumulate: int, tmp_path: Path
+) -> None:
+    options, name = {"accumulate_grad_batches": accumulate}, "w3a16, balanced"
+    with pytest.raises(Stopped):
+        fit(tmp_path / "run", StopAt(*at), engine=engine, model=RECIPES[name], logger=True, **options)
+    (partial,) = (tmp_path / "run/ledger").glob("partial-*.ckpt")
+    state = torch.load(partial, weights_only=True)["state_dict"]
+    assert (state["balance.averages"] > 0).all()
+    fit(tmp_path / "run", engine=engine, model=RECIPES[name], logger=True, **options)
+    assert_same_bytes(tmp_path / "run", made(engine, name, **options))
+
+
 def test_saving_between_epochs_changes_nothing_of_the_run(fit: Fit, made: Made, tmp_path: Path) -> None:
     """The groups that are saved are made neutral; those in use stay as the step needs them."""
     flags = Flags()
@@ -539,3 +559,54 @@ def test_two_processes_learn_what_one_learns_on_the_same_global_batch(
         mine, theirs = (load_file(tmp_path / f"rank-{rank}-{block}.safetensors") for rank in range(2))
         assert mine
         assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+AVERAGED = """
+import os
+import signal
+import sys
+
+import torch
+from lightning.pytorch import Callback
+from ptql.calibration.data import CalibrationData
+from ptql.calibration.quant_lm import QuantLM
+from ptql.calibration.trainer import BlockTrainer
+from tests.engine.test_engine_runs import RECIPES
+
+torch.set_num_threads(1)
+run, source, words, engine, stop = sys.argv[1:]
+
+
+class Stop(Callback):
+    def on_train_batch_start(self, trainer, task, batch, index):
+        if stop == "stop" and trainer.is_global_zero and (trainer.block, trainer.current_epoch, index) == (1, 1, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+trainer = BlockTrainer(
+    accelerator="cpu", devices=2, strategy="ddp", max_epochs=3, default_root_dir=run, callbacks=[Stop()], logger=False,
+    enable_progress_bar=False, enable_model_summary=False,
+)
+data = CalibrationData(words, samples=18, length=16, batch_size=2)
+trainer.fit(QuantLM(source=source, engine=engine, **RECIPES["w3a16, balanced"]), data)
+"""
+
+
+@pytest.mark.slow
+def test_running_averages_of_two_processes_go_on_where_they_were(source: Path, words: Path, tmp_path: Path) -> None:
+    """A checkpoint is the first process's; plain steps and those in pieces divide by the same averages."""
+    script = tmp_path / "averaged.py"
+    script.write_text(AVERAGED)
+
+    def spread(run: Path, engine: str, stop: str = "") -> int:
+        args = [sys.executable, str(script), str(run), str(source), str(words), engine, stop]
+        done = subprocess.run(args, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode
+
+    for engine in ("plain", "eager"):
+        stopped, whole = tmp_path / f"{engine}-stopped", tmp_path / f"{engine}-whole"
+        assert spread(stopped, engine, "stop") == 128 + signal.SIGTERM
+        assert spread(stopped, engine) == spread(whole, engine) == 0
+        assert_same_bytes(stopped, whole)
+    assert_close_runs(tmp_path / "eager-whole", tmp_path / "plain-whole", CLOSE["w3a16, balanced"])

@@ -22,12 +22,19 @@ from ptql.engine import graph
 from ptql.engine.engine import Engine
 from ptql.engine.graph import GraphedStep, signature
 from ptql.engine.step import Step, StepSettings
+from ptql.parts.objectives import Reconstruction
 from ptql.parts.transforms import Smooth
+from ptql.parts.weights import Affine
 from ptql.recipe import ActivationScheme, IntScheme
 from tests.models import CONFIGS, random_model, save, some_ids
 
 NO_GPU = not torch.cuda.is_available()
 W3A4: dict[str, Any] = {"weight": IntScheme(3, 16), "activation": ActivationScheme(4), "transforms": [Smooth()]}
+BALANCED: dict[str, Any] = {
+    **W3A4,
+    "weight_quantizer": Affine(factor_rank=2),
+    "objective": Reconstruction(targets=["fp", "fp_on_quantised"], balance="ema"),
+}
 
 
 class Pretended:
@@ -57,17 +64,25 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 class Blocks:
     """Tasks of a tiny model's blocks, one after the other, on one device."""
 
-    def __init__(self, folder: Path, family: str, device: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        family: str,
+        device: str,
+        dtype: torch.dtype = torch.float32,
+        recipe: dict[str, Any] = W3A4,
+    ) -> None:
+        self.recipe = recipe
         self.source = Checkpoint(save(random_model(CONFIGS[family]).to(dtype), folder / family))
         self.device = torch.device(device)
         self.streams = Streams(self.source.shell(), some_ids(samples=5, tokens=12), 2, self.device)
 
     def __iter__(self) -> Iterator[BlockTask]:
         for index in range(self.source.num_blocks):
-            model = QuantLM(engine="eager", **W3A4)
+            model = QuantLM(engine="eager", **self.recipe)
             block = self.source.block(index, self.device)
             ranges = self.streams.teach(block, self.source.layout, model.objective.targets)
-            yield model.block_task(index, model.student(block, self.source), self.source, ranges, self.streams)
+            yield model.block_task(index, model.student(block, self.source), self.source, ranges, self.streams.context)
             self.streams.advance(self.streams.quantised)
 
     def batches(self) -> list[dict[str, Tensor]]:
@@ -144,10 +159,41 @@ def test_graphs_learn_what_pieces_learn_for_every_block(
     assert len(graphed) == (2 if family == "gemma2" else 1)  # its blocks are of two kinds, turn by turn
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graphs_carry_factors_and_running_averages(device: str, compiled: bool, tmp_path: Path) -> None:
+    """Averages of each block are its own: the second block, adopted, begins anew."""
+    if compiled and device == "cpu":
+        pytest.skip("compiling takes long; a GPU shows it")
+    made = []
+    for name, kind in (("a", GraphedStep), ("b", Step)):
+        blocks, step, found = Blocks(tmp_path / name, "llama", device, recipe=BALANCED), None, []
+        for task in blocks:
+            optimizer = task.configure_optimizers()
+            if isinstance(step, GraphedStep):
+                step.adopt(task, optimizer)
+            else:
+                step = kind(task, optimizer, StepSettings(compiled=compiled and kind is GraphedStep))
+            assert not task.balance.averages.any()
+            losses = learn(step, blocks.batches()[:1], epochs=1)
+            first = task.balance.averages.sum().item()  # each average is its first value
+            assert first == pytest.approx(losses[0], rel=1e-5)
+            losses += learn(step, blocks.batches(), epochs=2)
+            assert any(
+                (value - task.initial[n].to(device)).any() for n, value in task.learnables().items() if "left" in n
+            )
+            found.append((losses, task.balance.averages.tolist()))
+        made.append(found)
+    for (losses, averages), (expected, theirs) in zip(*made, strict=True):
+        assert losses[0] == pytest.approx(expected[0], rel=1e-3)
+        assert losses == pytest.approx(expected, rel=0.1)
+        assert averages == pytest.approx(theirs, rel=0.1)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_step_does_not_wait_for_the_device(tmp_path: Path) -> None:
-    blocks = Blocks(tmp_path, "llama", "cuda")
+@pytest.mark.parametrize("recipe", ["usual", "balanced"])
+def test_a_step_does_not_wait_for_the_device(recipe: str, tmp_path: Path) -> None:
+    blocks = Blocks(tmp_path, "llama", "cuda", recipe=BALANCED if recipe == "balanced" else W3A4)
     task = next(iter(blocks))
     step = GraphedStep(task, task.configure_optimizers(), StepSettings(half=torch.bfloat16))
     batches = blocks.batches()
@@ -267,6 +313,9 @@ def test_blocks_of_one_shape_have_one_signature_and_others_another(tmp_path: Pat
     assert signature(task, optimizer, StepSettings()) == llama[0]
     optimizer.param_groups[0]["weight_decay"] = 0.1
     assert signature(task, optimizer, StepSettings()) != llama[0]
+    task.balance = Reconstruction(balance="ema").balance_for_block()
+    assert signature(task, task.configure_optimizers(), StepSettings()) != llama[0]
+    task.balance = Reconstruction().balance_for_block()
     task.quantizers["mlp/down_proj"].scheme = IntScheme(4, 16)
     assert signature(task, task.configure_optimizers(), StepSettings()) != llama[0]
 

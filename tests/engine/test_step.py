@@ -35,6 +35,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "transforms": [Smooth(sites=["fc1"])],
         "weight_quantizer": Affine(clip=False),
     },
+    "factors, balanced": {
+        "weight": IntScheme(3, 16),
+        "activation": ActivationScheme(8),
+        "transforms": [Smooth()],
+        "weight_quantizer": Affine(factor_rank=2),
+        "objective": Reconstruction(targets=["fp", "fp_on_quantised"], balance="ema"),
+    },
 }
 
 
@@ -47,7 +54,7 @@ def tasks(source: Path, recipe: dict[str, Any]) -> tuple[BlockTask, BlockTask, S
         streams = Streams(checkpoint.shell(), some_ids(samples=6, tokens=12), 2, torch.device("cpu"))
         block = checkpoint.block(0)
         ranges = streams.teach(block, checkpoint.layout, model.objective.targets)
-        made.append(model.block_task(0, model.student(block, checkpoint), checkpoint, ranges, streams))
+        made.append(model.block_task(0, model.student(block, checkpoint), checkpoint, ranges, streams.context))
     return made[0], made[1], streams
 
 
@@ -86,9 +93,11 @@ def test_a_step_is_what_autograd_and_adamw_make_of_the_same_batch(family: str, r
     for batch in batches(streams):
         terms = plain.terms(batch)
         optimizer.zero_grad()
-        total(terms).backward()
+        plain.balance(total(terms), terms).backward()
         loss, ours = step.micro_batch(batch)
         torch.testing.assert_close(loss, total(terms).detach(), rtol=2e-2, atol=1e-7)
+        for average, theirs in zip(split.balance.buffers(), plain.balance.buffers(), strict=True):
+            torch.testing.assert_close(average, theirs, rtol=2e-2, atol=1e-7)
         assert ours.keys() == terms.keys()
         step.finish()
         found = gradients(split, step)
@@ -125,6 +134,20 @@ def test_batches_of_one_step_share_its_weights_and_add_up(tmp_path: Path) -> Non
         assert_gradients_of_autograd(plain, split, step)
         plain.load_learnables(split.learnables())
     assert len(folds) == 2
+
+
+def test_what_is_counted_is_the_plain_sum(tmp_path: Path) -> None:
+    """The balanced loss, which says nothing of progress, is differentiated and no more."""
+    plain, split, streams = tasks(save(random_model(CONFIGS["llama"]), tmp_path / "m"), RECIPES["factors, balanced"])
+    step, sums = Step(split, split.configure_optimizers(), StepSettings()), []
+    for batch in batches(streams):
+        balanced, terms = plain.plain_loss(batch)
+        loss, _ = step.micro_batch(batch)
+        sums.append(total(terms).item())
+        assert loss.item() == pytest.approx(sums[-1], rel=1e-3)
+        assert abs(balanced.item() - sums[-1]) > 0.1
+    assert plain.epoch_loss.item() == pytest.approx(sum(sums), rel=1e-6)
+    assert split.epoch_loss.item() == pytest.approx(sum(sums), rel=1e-3)
 
 
 def test_a_step_whose_gradients_are_not_finite_is_skipped_and_counted(tmp_path: Path) -> None:

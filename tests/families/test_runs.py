@@ -110,7 +110,7 @@ def student_logits(folder: Path, method: str, ids: Tensor) -> Tensor:
         block = source.block(index)
         ranges = streams.teach(block, source.layout, ("fp",))
         student = recipe.student(block, source)
-        task = recipe.block_task(index, student, source, ranges, streams)
+        task = recipe.block_task(index, student, source, ranges, streams.context)
         record = ledger.read(index)
         assert record is not None
         streams.advance(streams.output(student, task.decode(record.stored)))

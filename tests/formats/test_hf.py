@@ -350,13 +350,13 @@ def test_the_format_survives_json() -> None:
     assert hf.PtqlConfig(**stored).to_dict() == dict(hf.PtqlConfig(**stored)) == stored
 
 
-@pytest.mark.parametrize("version", [None, 2, "1"])
+@pytest.mark.parametrize("version", [None, 0, 3, "1"])
 def test_another_format_version_is_refused(tmp_path: Path, version: object) -> None:
     directory = write_packed(tmp_path / "model", LLAMA, packed_format(LLAMA))
     settings = json.loads((directory / "config.json").read_text())
     settings["quantization_config"] |= {"format_version": version, "ptql_version": "9.9"}
     (directory / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=rf"format_version={version!r}: .* version 1; .*\(9\.9\)"):
+    with pytest.raises(InputError, match=rf"format_version={version!r}: .* versions 1 and 2; .*\(9\.9\)"):
         load(directory)
 
 
@@ -371,6 +371,22 @@ def test_a_missing_or_wrong_key_is_named() -> None:
         PackedFormat.from_dict({**stored, "linears": "q"})
     with pytest.raises(InputError, match="more than names"):
         PackedFormat.from_dict({**stored, "shifted_norms": [1]})
+
+
+def test_factors_make_a_format_of_version_2() -> None:
+    plain, fmt = packed_format(LLAMA), replace(packed_format(LLAMA), factor_rank=3)
+    assert plain.to_dict()["format_version"] == 1
+    assert "factor_rank" not in plain.to_dict()
+    stored = json.loads(json.dumps(fmt.to_dict()))
+    assert (stored["format_version"], stored["factor_rank"]) == (2, 3)
+    assert PackedFormat.from_dict(stored) == fmt
+    for rank in (0, -1):
+        with pytest.raises(InputError, match=rf"factor_rank={rank} is not above 0; .*restore it"):
+            PackedFormat.from_dict({**stored, "factor_rank": rank})
+    with pytest.raises(InputError, match=r"factor_rank='3' is not a int"):
+        PackedFormat.from_dict({**stored, "factor_rank": "3"})
+    with pytest.raises(InputError, match="'factor_rank' is missing"):
+        PackedFormat.from_dict({key: value for key, value in stored.items() if key != "factor_rank"})
 
 
 def test_a_module_that_is_not_there_is_named() -> None:

@@ -64,6 +64,39 @@ def test_the_stored_tensors_give_back_what_was_encoded(scheme: IntScheme, column
     assert torch.equal(layer.dense_weight().double(), expected)
 
 
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("scheme", SCHEMES[:2], ids=str)
+def test_factors_multiply_what_the_codes_stand_for(scheme: IntScheme, rank: int) -> None:
+    torch.manual_seed(3)
+    w, left, right = torch.randn(6, 37), torch.randn(6, rank), torch.randn(rank, 37)
+    codes, scale, zero = encoded(w, scheme)
+    tensors = packed_tensors(codes, scale, zero, scheme.bits, (left, right))
+    without = packed_tensors(codes, scale, zero, scheme.bits)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in without.items())
+    assert {name: (tensors[name].shape, tensors[name].dtype) for name in tensors.keys() - without.keys()} == {
+        "left": ((6, rank), torch.int16),
+        "right": ((rank, 37), torch.int16),
+    }
+    expected = by_loops(codes, scale, zero, scheme)
+    for i in range(6):
+        for j in range(37):
+            expected[i, j] *= sum(float(left[i, k].half()) * float(right[k, j].half()) for k in range(rank))
+    layer = PackedLinear(37, 6, scheme, bias=False, rounding=None, factor_rank=rank)
+    assert layer.state_dict().keys() == tensors.keys()
+    layer.load_state_dict(tensors)
+    torch.testing.assert_close(layer.dense_weight().double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(layer.dense_weight(), dense_from_packed(tensors, 37, scheme))
+    before, x = layer.dense_weight(), torch.randn(3, 37)
+    assert torch.equal(layer.to_dense()(x), layer(x))
+    assert torch.equal(layer.to(torch.bfloat16).dense_weight(), before)
+
+
+def test_factors_that_float16_does_not_hold_are_its_largest() -> None:
+    w = torch.randn(2, 8)
+    tensors = packed_tensors(*encoded(w, SCHEMES[0]), 2, (torch.full((2, 1), -1e6), torch.ones(1, 8)))
+    assert (tensors["left"].view(torch.float16) == -65504).all()
+
+
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_forward_is_rounding_then_the_dense_linear(bits: int | None, with_bias: bool) -> None:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ptql.errors import InputError
 from ptql.functional import affine
+from ptql.functional.scaled import Scaled
+from ptql.kernels.weights import fold_and_round_reference
 from ptql.parts.weights import Affine, LinearQuantizer
 from ptql.recipe import IntScheme
 
@@ -125,6 +127,126 @@ def test_the_fake_weights_carry_gradients_to_weights_and_logits() -> None:
         assert leaf.grad.isfinite().all()
         assert leaf.grad.any()
     assert not q.lower.grad[0].any()  # a row above zero has no lower end to clip
+
+
+# Factors
+
+
+RANKS = [1, 2, 4]
+
+
+def with_factor(w: Tensor, scheme: IntScheme, rank: int, clip: bool = True) -> LinearQuantizer:
+    return Affine(clip, factor_rank=rank).for_linear("mlp.up_proj", w, scheme)
+
+
+def turned(q: LinearQuantizer) -> LinearQuantizer:
+    """Logits and factors as after some learning."""
+    scatter(q)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in (q.left, q.right):
+            p.normal_(1.0, 0.3)
+    return q
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_factor_begins_as_one(rank: int, clip: bool) -> None:
+    w, scheme = some_weights(172), IntScheme(3, 32)
+    q = with_factor(w, scheme, rank, clip)
+    shapes = {name: tuple(p.shape) for name, p in q.named_parameters()}
+    assert shapes == {"left": (6, rank), "right": (rank, 172)} | ({"lower": (6, 6), "upper": (6, 6)} if clip else {})
+    assert torch.equal(q.left @ q.right, torch.ones(6, 172))
+    without = quantizer(w, scheme, clip)
+    assert torch.equal(q.fake(w), without.fake(w))
+    assert torch.equal(q.decode(q.encode(w)), without.decode(without.encode(w)))
+    assert torch.equal(with_factor(w, scheme, rank).left, q.left)  # the same whenever it is made
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("rank", RANKS)
+def test_the_factor_multiplies_rounded_weights(rank: int, symmetric: bool) -> None:
+    w, scheme = some_weights(48), IntScheme(3, 16, symmetric)
+    q, without = turned(with_factor(w, scheme, rank)), scatter(quantizer(w, scheme))
+    with torch.no_grad():
+        without.lower.copy_(q.lower)
+        without.upper.copy_(q.upper)
+        fake, rounded = q.fake(w), without.fake(w)
+    for i in range(6):
+        for j in range(48):
+            by_hand = rounded[i, j].item() * sum(q.left[i, k].item() * q.right[k, j].item() for k in range(rank))
+            assert fake[i, j].item() == pytest.approx(by_hand, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("rank", [0, *RANKS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_what_is_written_for_a_step_has_the_gradients_of_float64(rank: int, dtype: torch.dtype) -> None:
+    """Of a matrix that folding has scaled, into rows of a larger buffer."""
+    torch.manual_seed(4)
+    scheme = IntScheme(3, 16)
+    base, rows, columns = torch.randn(6, 40), torch.rand(6) + 0.5, torch.rand(40) + 0.5
+    q = turned(with_factor(base, scheme, rank)) if rank else scatter(quantizer(base, scheme))
+    named = {"rows": rows.requires_grad_(), "columns": columns.requires_grad_(), **dict(q.named_parameters())}
+    buffer = torch.full((10, 40), float("nan"), dtype=dtype)
+    out = q.fake_into(Scaled(base, rows, columns), buffer[2:8])
+    assert (out.dtype, out.data_ptr()) == (dtype, buffer[2:8].data_ptr())
+    torch.testing.assert_close(out, q.fake(Scaled(base, rows, columns).dense()).to(dtype), rtol=1e-2, atol=1e-4)
+    assert buffer[[0, 1, 8, 9]].isnan().all()
+
+    wide = {name: p.detach().double().requires_grad_() for name, p in named.items()}
+    form = {"bits": 3, "group": 16, "symmetric": False, "dtype": torch.float64}
+    logits = (wide["lower"], wide["upper"])
+    slow = fold_and_round_reference(base.double(), wide["rows"], wide["columns"], *logits, **form)
+    slow = slow * (wide["left"] @ wide["right"]) if rank else slow
+    torch.testing.assert_close(out.double(), slow, rtol=1e-5 if dtype != torch.bfloat16 else 1e-2, atol=1e-6)
+    grad = torch.randn(6, 40).to(dtype)
+    found = torch.autograd.grad(out, list(named.values()), grad)
+    expected = torch.autograd.grad(slow, list(wide.values()), grad.double())
+    for name, mine, theirs in zip(named, found, expected, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_learning_reaches_every_component(rank: int) -> None:
+    """Those of `right` in the first step, those of `left` in the second at the latest."""
+    w = some_weights(48)
+    q = with_factor(w, IntScheme(3, 16), rank)
+    target = torch.randn(6, 48)
+    optimizer = torch.optim.AdamW(q.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in range(2):
+        optimizer.zero_grad()
+        (q.fake(w) - target).square().sum().backward()
+        assert (q.right.grad.abs().amax(1) > 1e-6).all()
+        assert (q.left.grad[:, : None if step else 1].abs().amax(0) > 1e-6).all()
+        optimizer.step()
+    factors = torch.stack([torch.outer(q.left[:, k], q.right[k]).flatten() for k in range(rank)])
+    assert torch.linalg.matrix_rank(factors) == rank  # no two are alike
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("rank", RANKS)
+def test_what_is_stored_holds_the_factor_in_float16(rank: int, symmetric: bool) -> None:
+    w, scheme = some_weights(172), IntScheme(4, 32, symmetric)
+    q, without = turned(with_factor(w, scheme, rank)), quantizer(w, scheme)
+    with torch.no_grad():
+        without.lower.copy_(q.lower)
+        without.upper.copy_(q.upper)
+    stored, plain = q.encode(w), without.encode(w)
+    assert stored.keys() - plain.keys() == {"left", "right"}
+    assert all(torch.equal(stored[name], tensor) for name, tensor in plain.items())  # of the weights without it
+    assert torch.equal(stored["left"].view(torch.float16), q.left.half())
+    assert torch.equal(stored["right"].view(torch.float16), q.right.half())
+    assert not any(t.requires_grad for t in stored.values())
+    with torch.no_grad():
+        decoded, exactly = q.decode(stored), without.decode(plain) * (q.left @ q.right)
+        summands = without.decode(plain).abs() * (q.left.abs() @ q.right.abs())
+    assert ((decoded - exactly).abs() <= summands * 2**-10 + 1e-7).all()
+
+
+@pytest.mark.parametrize("rank", [-1, 65, True])
+def test_a_rank_is_a_whole_number(rank: int) -> None:
+    with pytest.raises(InputError, match=rf"factor_rank={rank}: .*0 to 64; take 1, or 0 for none"):
+        Affine(factor_rank=rank)
 
 
 @pytest.mark.parametrize("lr", [0.0, -1.0, float("nan")])

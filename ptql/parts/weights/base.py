@@ -36,6 +36,9 @@ class LinearQuantizer(nn.Module, ABC):
 class WeightQuantizer(ABC):
     """The settings of a weight quantiser, as in a recipe. Its settings are its constructor's arguments."""
 
+    factor_rank: int = 0
+    """Rank of the factors that are stored beside the codes, as `PackedLinear` has them; 0 for none."""
+
     @abstractmethod
     def for_linear(self, name: str, weight: Tensor, scheme: IntScheme) -> LinearQuantizer:
         """The quantiser of the matrix `name`, [out, in], at its initial state."""
