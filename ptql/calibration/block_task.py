@@ -73,6 +73,10 @@ class BlockTask(LightningModule):
         self._step: Step | None = None
         self.epoch_loss = torch.zeros(())
         """Sum over the epoch's batches so far."""
+        self.begin_here()
+
+    def begin_here(self) -> None:
+        """Take the present values for the start: a block that learning makes worse falls back to them."""
         self.project()
         self.initial = copy.deepcopy(self.learnables())
 

@@ -18,6 +18,7 @@ from ptql.checkpoint import Checkpoint, resolve
 from ptql.engine.engine import Engine, EngineName
 from ptql.errors import InputError
 from ptql.formats.ptql import PackedFormat
+from ptql.formats.published import Published
 from ptql.nn.student import biased_linears, keep_narrow, make_student, weights_of
 from ptql.parts import settings
 from ptql.parts.activations import ActivationQuantizer, DynamicTokens, TokenRounding
@@ -45,6 +46,8 @@ class QuantLM(LightningModule):
         activation_quantizer: Rounds activations.
         objective: The loss of a block.
         optimizer: Learns the parameters of transforms and weight quantisers.
+        published: File of published parameters (`omni_parameters.pth` and its like), from which each block begins;
+            with --trainer.max_epochs 0 the published model is what comes out.
         engine: How a step is computed. `auto`: on a GPU by fused kernels, compiled and captured as CUDA graphs (what
             can't be captured is computed in another way, and said), on a CPU as `plain`. `eager`: the same pieces,
             neither compiled nor captured. `plain`: torch operations in float32, the reference.
@@ -63,6 +66,7 @@ class QuantLM(LightningModule):
         activation_quantizer: ActivationQuantizer | None = None,
         objective: Objective | None = None,
         optimizer: OptimizerCallable = adamw,
+        published: str | None = None,
         engine: EngineName = "auto",
         matmul: Literal["highest", "high"] = "high",
     ) -> None:
@@ -78,6 +82,7 @@ class QuantLM(LightningModule):
         self.activation_quantizer = activation_quantizer or DynamicTokens()
         self.objective = objective or Reconstruction()
         self.optimizer = optimizer
+        self.published = None if published is None else Published.read(Path(published))
 
     def open(self) -> Checkpoint:
         """The source, for quantising: `InputError` if it is missing or quantised already."""
@@ -87,6 +92,8 @@ class QuantLM(LightningModule):
         if source.packed is not None:
             raise InputError(f"{self.source}: quantised by ptql already; give the original model")
         source.check_blocks()
+        if self.published is not None:
+            self.published.check(source.num_blocks)
         return source
 
     def identity(self) -> dict[str, Any]:
@@ -100,6 +107,7 @@ class QuantLM(LightningModule):
             "weight_quantizer": settings(self.weight_quantizer),
             "activation_quantizer": settings(self.activation_quantizer),
             "objective": settings(self.objective),
+            "published": self.published and self.published.sha256,
             "engine": self.engine.name,
             "optimizer": {"class": type(optimizer).__name__, **_plain(optimizer.defaults)},
         }
@@ -178,6 +186,9 @@ class QuantLM(LightningModule):
             source.dtype(),
             self.engine,
         )
+        if self.published is not None:
+            self.published.into(task, index)
+            task.begin_here()
         if self.engine.kernels(next(student.parameters()).device):
             keep_narrow(student)
         return task.to(next(student.parameters()).device)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptql.errors import InputError
-from ptql.families.base import AttentionSites, BlockLayout, Family, HeadNorms, NormSite, Rows
+from ptql.families.base import AttentionSites, BlockLayout, Family, HeadNorms, MlpSite, NormSite, Rows
 from ptql.families.gemma import GEMMA2, GEMMA3_TEXT
 from ptql.families.llama import LLAMA, MISTRAL, QWEN2
 from ptql.families.opt import OPT
@@ -49,6 +49,7 @@ __all__ = [
     "BlockLayout",
     "Family",
     "HeadNorms",
+    "MlpSite",
     "NormSite",
     "Rows",
     "family_for",

@@ -78,6 +78,19 @@ class AttentionSites:
 
 
 @dataclass(frozen=True)
+class MlpSite:
+    """A gated MLP: `down` reads `up(x) * act(gate(x))`, so that what scales rows of `up` passes straight to `down`.
+
+    Args:
+        up: Rows of the projection that is multiplied, one for each column of `down`.
+        down: Module name of the projection that reads the product.
+    """
+
+    up: Rows
+    down: str
+
+
+@dataclass(frozen=True)
 class BlockLayout:
     """One transformer block, all names relative to it.
 
@@ -85,11 +98,18 @@ class BlockLayout:
         linears: The matrices that are quantised, grouped by the input that they share, in order of execution.
         norms: Norms whose output only linear layers read.
         attention: The projections around the attention.
+        mlp: The gated MLP; None where the MLP is another.
     """
 
     linears: tuple[tuple[str, ...], ...]
     norms: tuple[NormSite, ...]
     attention: AttentionSites
+    mlp: MlpSite | None = None
+
+    @property
+    def last(self) -> str:
+        """The last matrix of the MLP, whose output goes to the residual."""
+        return self.linears[-1][-1]
 
     @property
     def names(self) -> tuple[str, ...]:

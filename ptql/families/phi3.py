@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from ptql.families.base import AttentionSites, BlockLayout, Family, NormSite, Rows
+from ptql.families.base import AttentionSites, BlockLayout, Family, MlpSite, NormSite, Rows
 
 
 def layout(config: PretrainedConfig) -> BlockLayout:
@@ -30,6 +30,7 @@ def layout(config: PretrainedConfig) -> BlockLayout:
             head_dim=head_dim,
             rotary=_rotary(config, head_dim),
         ),
+        mlp=MlpSite(Rows(gate_up, config.intermediate_size), down),
     )
 
 

@@ -28,6 +28,7 @@ from tests.models import CONFIGS, FAMILIES, block_calls, blocks_of, exact, opt_c
 # With the norm after the residual only the attention can be folded: a test of its own.
 FOLDED = [name for name in CONFIGS if name not in ("opt_post_norm", "opt_projected")]
 SITES: dict[str, tuple[Site, ...]] = {**{site: (site,) for site in get_args(Site)}, "all": get_args(Site)}
+NOTHING = [("opt", "fc2")]  # an MLP without a gate
 LLAMA_QKV = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj")
 UNQUANTISED = ActivationScheme(16)
 
@@ -90,7 +91,13 @@ def error(a: Tensor, b: Tensor) -> float:
 
 def sizes(state: TransformState) -> dict[str, int]:
     """Elements of each learnable, by kind of site."""
-    names = {"SmoothNorm": "norm", "SmoothValue": "out", "SmoothQueryKey": "qkt", "SmoothHeadNorms": "qkt"}
+    names = {
+        "SmoothNorm": "norm",
+        "SmoothValue": "out",
+        "SmoothQueryKey": "qkt",
+        "SmoothHeadNorms": "qkt",
+        "SmoothGated": "fc2",
+    }
     found: dict[str, int] = {}
     for site in state.get_submodule("sites").children():
         kind = names[type(site).__name__]
@@ -110,7 +117,12 @@ def _seed() -> None:
 @pytest.mark.parametrize("shift", get_args(Shift))
 @pytest.mark.parametrize(
     ("name", "sites"),
-    [(name, sites) for name in FOLDED for sites in SITES if sites == "all" or name in FAMILIES],
+    [
+        (name, sites)
+        for name in FOLDED
+        for sites in SITES
+        if (sites == "all" or name in FAMILIES) and (name, sites) not in NOTHING
+    ],
 )
 def test_any_scales_and_shifts_leave_the_blocks_output(name: str, shift: Shift, sites: str) -> None:
     hidden, context, expected = reference(name)
@@ -122,6 +134,20 @@ def test_any_scales_and_shifts_leave_the_blocks_output(name: str, shift: Shift, 
     changed = {k for k, w in folded.items() if not torch.equal(w, facts.weights[k])}
     assert len(changed) >= (1 if name.startswith("phi3") else 2)  # q and k, in one matrix there
     assert folded.keys() == facts.weights.keys()
+
+
+def test_without_a_gate_there_is_nothing_to_smooth_after_it() -> None:
+    _, facts, state = prepared("opt", sites=("fc2",))
+    assert not list(state.parameters())
+    assert state(facts.weights) is facts.weights
+
+
+@pytest.mark.parametrize("name", [name for name in FOLDED if name != "opt"])
+def test_the_product_with_the_gate_starts_from_its_own_activations(name: str) -> None:
+    _, facts, state = prepared(name, sites=("fc2",), initial="log")
+    (scale,) = state.parameters()
+    absmax = facts.ranges[facts.layout.last].absmax
+    torch.testing.assert_close(scale.double(), absmax / torch.log2(2 + absmax))
 
 
 @pytest.mark.parametrize("shift", get_args(Shift))
@@ -219,8 +245,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("name", FOLDED)
+@pytest.mark.parametrize(
+    ("name", "settings"), [(n, s) for n in FOLDED for s in SETTINGS if (n, s.removesuffix(" alone")) not in NOTHING]
+)
 def test_scaled_matrices_are_folded_to_the_same_weights_and_gradients(name: str, settings: str) -> None:
     _, facts, state = prepared(name, **SETTINGS[settings])
     scatter(state)

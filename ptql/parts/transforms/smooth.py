@@ -1,8 +1,8 @@
 """Learnable smoothing: per-channel scales and shifts that move difficulty from activations into weights.
 
-OmniQuant calls it the learnable equivalent transformation (LET), LRQuant learnable smoothing. The four sites
-bear the originals' names: `qkv` and `fc1` (norm to linear layers), `out` (v to output projection), `qkt` (q
-against k). The input of the last MLP matrix is not smoothed, as in both originals.
+OmniQuant calls it the learnable equivalent transformation (LET), LRQuant learnable smoothing. The four sites of both
+bear their names: `qkv` and `fc1` (norm to linear layers), `out` (v to output projection), `qkt` (q against k). ABQ-LLM
+adds `fc2` (up to down projection of a gated MLP), which neither of them smooths.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ptql.errors import InputError, check_number
-from ptql.families import AttentionSites, BlockLayout, NormSite, Rows
+from ptql.families import AttentionSites, BlockLayout, MlpSite, NormSite, Rows
 from ptql.functional import smoothing
 from ptql.parts import check_learning_rate
 from ptql.parts.transforms.base import AddedBiases, BlockFacts, Matrix, Transform, TransformState, Weights
 from ptql.recipe import ActivationScheme, IntScheme
 
-Site = Literal["qkv", "out", "qkt", "fc1"]
+Site = Literal["qkv", "out", "qkt", "fc1", "fc2"]
+USUAL: tuple[Site, ...] = ("qkv", "out", "qkt", "fc1")
 Initial = Literal["log", "balanced", "ones"]
 Shift = Literal["none", "biased", "all"]
 When = Literal["activations", "always"]
@@ -36,7 +37,8 @@ class Smooth(Transform):
         shift: Learn shifts too: `none`; `biased`, only where the model has a bias to fold them into (OmniQuant);
             `all`, adding biases to norms and linear layers that have none (LRQuant; our own format only).
         lr: Learning rate of scales and shifts.
-        sites: The pairs of layers that are smoothed.
+        sites: The pairs of layers that are smoothed; by default all but `fc2`. Where a model's MLP has no gate there
+            is no `fc2`, and nothing is smoothed there.
         when: `activations`, only if activations are quantised (the originals' scripts), or `always`.
         faithful: As the originals: q/k scales that ignore RoPE's pairs (then not an equivalence), and `balanced`
             from the weights of one consumer instead of all.
@@ -48,7 +50,7 @@ class Smooth(Transform):
         alpha: float = 0.5,
         shift: Shift = "all",
         lr: float = 1e-3,
-        sites: Sequence[Site] = get_args(Site),
+        sites: Sequence[Site] = USUAL,
         when: When = "activations",
         faithful: bool = False,
     ) -> None:
@@ -60,7 +62,8 @@ class Smooth(Transform):
             if value not in get_args(kind):
                 raise InputError(f"{name}={value!r}: one of {', '.join(get_args(kind))} is needed; see the docs")
         if not isinstance(sites, Sequence) or isinstance(sites, str) or any(s not in get_args(Site) for s in sites):
-            raise InputError(f"sites={sites!r}: a list of {', '.join(get_args(Site))} is needed; leave out for all")
+            named = ", ".join(get_args(Site))
+            raise InputError(f"sites={sites!r}: a list of {named} is needed; leave out for all but fc2")
         check_number("alpha", alpha, 0, 1, "the activations' share is between 0 and 1; 0.5 is usual")
         check_learning_rate(lr, "take `transforms: []` to smooth nothing")
         self.initial: Initial = initial
@@ -99,6 +102,8 @@ class Smooth(Transform):
             tied = 0 if self.faithful else attention.rotary
             kind = SmoothQueryKey if attention.head_norms is None else SmoothHeadNorms
             states.append(kind(attention, tied))
+        if "fc2" in self.sites and layout.mlp is not None:
+            states.append(SmoothGated(layout.mlp, self._gated_scale(layout.mlp, facts)))
         return SmoothBlock(states, self.lr)
 
     def _initial(self, absmax: Tensor, weight_peak: Tensor) -> Tensor:
@@ -119,6 +124,10 @@ class Smooth(Transform):
         absmax = _by_value_channel(facts.ranges[site.o].absmax, site).amax(1).flatten()
         peak = _by_value_channel(facts.weights[f"{site.o}.weight"].abs().amax(0), site).amax(1).flatten()
         return self._initial(absmax, peak)
+
+    def _gated_scale(self, site: MlpSite, facts: BlockFacts) -> Tensor:
+        peak = facts.weights[f"{site.down}.weight"].abs().amax(0)
+        return self._initial(facts.ranges[site.down].absmax, peak)
 
     def _norm_shift(self, site: NormSite, facts: BlockFacts) -> Tensor | None:
         middle = facts.ranges[site.consumers[-1]].middle
@@ -202,6 +211,24 @@ class SmoothValue(TransformState):
         scale = smoothing.repeat_heads(self.scale, s.kv_heads, s.heads)
         shift = None if self.shift is None else smoothing.repeat_heads(self.shift, s.kv_heads, s.heads)
         return _fold(weights, s.o, smoothing.fold_into_consumer, scale, shift)
+
+
+class SmoothGated(TransformState):
+    """The up projection of a gated MLP divided by `scale` [columns of the down projection], and the down projection.
+
+    There is no shift: what is added to the product with the gate is not the same for all tokens.
+    """
+
+    name = "fc2"
+
+    def __init__(self, site: MlpSite, scale: Tensor) -> None:
+        super().__init__()
+        self.site = site
+        self.scale = nn.Parameter(scale)
+
+    def forward(self, weights: Weights) -> Weights:
+        weights = _fold_rows(weights, self.site.up, self.scale, None)
+        return _fold(weights, self.site.down, smoothing.fold_into_consumer, self.scale, None)
 
 
 class SmoothQueryKey(TransformState):
