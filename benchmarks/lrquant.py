@@ -203,7 +203,7 @@ def planned(args: argparse.Namespace) -> list[Job]:
         "tiny": lambda args: [
             *tta_jobs(args)[:1],
             *ablation_jobs(args, 2)[:1],
-            *nlc_jobs(args, SEEDS[:2])[:2],
+            *nlc_jobs(args, SEEDS[:1])[:1],
             *plus_jobs(args)[:2],
         ],
     }

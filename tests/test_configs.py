@@ -56,7 +56,7 @@ def numbers(scheme: str) -> tuple[int, int, int]:
 
 def test_the_files_that_were_asked_for_are_there() -> None:
     assert {"rtn", "omniquant", "lrquant"} <= set(METHODS)
-    asked = "w2a16 w2a16g64 w2a16g128 w3a16 w3a16g128 w4a16 w4a16g128 w6a6 w4a4 w4a8 w3a8 w2a8 w8a8"
+    asked = "w2a16 w2a16g64 w2a16g128 w3a16 w3a16g128 w4a16 w4a16g128 w6a6 w4a4 w4a8 w3a8 w2a8 w2a6 w8a8"
     assert set(asked.split()) <= set(SCHEMES)
     assert {"base", "demo"} <= set(OTHERS)
 

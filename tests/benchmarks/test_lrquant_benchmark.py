@@ -356,6 +356,7 @@ def test_the_tiny_plan_end_to_end(stories_dir: Path, shared_dir: Path, tmp_path:
     command = ["tiny", "--model", str(stories_dir), "--calibration", f"stories={texts / 'tinystories-train.jsonl'}"]
     command += ["--text", f"stories={texts / 'tinystories-test.jsonl'}", "--text", "pydoc=pydoc"]
     command += ["--epochs", "1", "--samples", "4", "--length", "32", "--windows", "20", "--ablation_windows", "4"]
+    command += ["--jobs", "2"]
     assert lrquant.main([*command, "--work", str(tmp_path / "work"), "--results", str(results)]) == 0
     rows = lrquant_tables.read_rows([results])
     assert [row["plan"] for row in rows].count("plus") == 2
