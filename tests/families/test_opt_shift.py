@@ -350,7 +350,7 @@ def learned(run: Path, index: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["usual", "like_350m"])
+@pytest.mark.parametrize("name", ["usual"])
 @torch.no_grad()
 def test_a_run_killed_inside_a_block_measured_and_loaded(tmp_path: Path, name: str) -> None:
     source, text = save_source(tmp_path / "source", name), save_text(tmp_path / "text.txt", 3000)
