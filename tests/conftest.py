@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,14 @@ def smollm2_dir() -> Path:
         return fetch(ROOT / "models" / "SmolLM2-135M-Instruct")
     except DownloadError as error:
         pytest.skip(f"{error}; set PTQL_SMOLLM2 to a directory already made")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The test works in its own directory, with its own cache, on one thread."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PTQL_CACHE", str(tmp_path / "cache"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

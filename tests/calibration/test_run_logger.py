@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ptql.calibration.block_task import BlockTask
@@ -19,16 +17,7 @@ from tests.words import save_source, save_text
 
 STEPS = 2 * 3 * 2  # blocks, epochs, batches
 
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test works in its own directory, with its own cache, on one thread."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PTQL_CACHE", str(tmp_path / "cache"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture

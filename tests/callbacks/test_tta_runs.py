@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from ptql.callbacks import BlockCallback, TestTimeAdaptation
 from safetensors.torch import load_file, save_file
 
@@ -25,6 +24,8 @@ TTA = "--trainer.callbacks+=ptql.callbacks.TestTimeAdaptation"
 EPOCH = "--trainer.callbacks.init_args.epochs=1"
 Edit = Callable[[Path], Any]
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 
 class Noted(BlockCallback):
     """Adds the number of windows to what was found."""
@@ -39,17 +40,6 @@ class Noted(BlockCallback):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fitted(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test works in its own directory, with its own cache, on one thread."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PTQL_CACHE", str(tmp_path / "cache"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

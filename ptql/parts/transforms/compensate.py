@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ptql.errors import InputError
+from ptql.functional.factored import factor
 from ptql.functional.scaled import multiplied_out
 from ptql.parts import check_learning_rate
 from ptql.parts.transforms.base import BlockFacts, Transform, TransformState, Weights
@@ -72,7 +73,4 @@ class CompensateBlock(TransformState):
     def forward(self, weights: Weights) -> Weights:
         if self.left is None or self.right is None:
             return weights
-        matrix = multiplied_out(weights[self.weight])
-        for column, row in zip(self.left.unbind(1), self.right.unbind(0), strict=True):  # no matrix product: no TF32
-            matrix = matrix + column[:, None] * row
-        return {**weights, self.weight: matrix}
+        return {**weights, self.weight: multiplied_out(weights[self.weight]) + factor(self.left, self.right)}
