@@ -124,11 +124,13 @@ def portable(command: list[str], args: argparse.Namespace, run: Path) -> str:
     return shlex.join(names.get(part, Path(part).name if Path(part).is_absolute() else part) for part in command)
 
 
-def call(command: list[str], folder: Path) -> bool:
+def call(command: list[str], folder: Path, environment: dict[str, str] | None = None) -> bool:
+    """Run `ptql` with a command; its words go to a log beside the folder. False, and the last of them, if it fails."""
     log = Path(f"{folder}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
+    env = {**ENV, **(environment or {})}
     with open(log, "a") as sink:
-        done = subprocess.run([sys.executable, str(ROOT / "cli.py"), *command], stdout=sink, stderr=sink, env=ENV)
+        done = subprocess.run([sys.executable, str(ROOT / "cli.py"), *command], stdout=sink, stderr=sink, env=env)
     if done.returncode:
         print(
             f"{folder.name}: exit {done.returncode}\n" + "\n".join(log.read_text().splitlines()[-12:]),

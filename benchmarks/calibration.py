@@ -62,6 +62,7 @@ class Run:
         memory: Of `--data.memory`; None leaves the option out.
         preset: Shipped preset, which says epochs and batch size; `preset` makes such a run.
         real: The model is that of --model, all of it, and its perplexity is measured.
+        akl_mode: Of `--model.objective.akl_mode`; None leaves the option out.
     """
 
     shape: Shape | None
@@ -77,6 +78,7 @@ class Run:
     memory: str | None = None
     preset: str | None = None
     real: bool = False
+    akl_mode: str | None = None
 
     @property
     def name(self) -> str:
@@ -85,6 +87,7 @@ class Run:
         parts += [f"{self.blocks}b", f"{self.epochs}e", f"{self.samples}x{self.length}", f"batch{self.batch_size}"]
         parts += [f"{self.processes}p"] if self.processes > 1 else []
         parts += [self.preset] if self.preset else []
+        parts += [self.akl_mode] if self.akl_mode else []
         return "-".join([*parts, self.memory] if self.memory else parts)
 
     def fit(self, model: Path, text: str, precision: str, folder: Path) -> list[str]:
@@ -92,6 +95,7 @@ class Run:
         options = {
             "model.source": model,
             "model.engine": self.engine,
+            "model.objective.akl_mode": self.akl_mode,
             "data.text": text,
             "data.samples": self.samples,
             "data.length": self.length,
@@ -133,6 +137,10 @@ PLANS: dict[str, list[Run]] = {
     ],
     "steps": [replace(BASE, batch_size=1, epochs=2)],  # as many as the originals make
     "weights": [WEIGHTS, replace(WEIGHTS, engine="plain", epochs=2)],
+    "abq": [
+        replace(BASE, epochs=5),  # beside those that follow
+        *(replace(BASE, method="abq", epochs=5, akl_mode=mode) for mode in ("faithful", "exact")),
+    ],
     "llama70b": [replace(BASE, shape=SHAPES["llama2-70b"], epochs=2)],
     "huge": [replace(HUGE, method="omniquant", scheme="w4a16"), HUGE],
     "samples": [replace(BASE, samples=samples) for samples in (32, 64, 128, 256)],

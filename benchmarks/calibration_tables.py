@@ -242,6 +242,7 @@ def engine(row: Row) -> str:
 def setting(row: Row) -> str:
     """Recipe, batch, and where hidden states must fit."""
     words = f"{row['method']} {row['scheme']}, batch {row['batch_size']}"
+    words += f", {row['akl_mode']} AKL" if row.get("akl_mode") else ""
     return words + (f", data in {row['memory']}" if row["memory"] else "")
 
 
@@ -275,7 +276,7 @@ def markdown(heads: list[str], lines: list[list[str]], words: int) -> str:
 
 def settings(row: Row) -> Row:
     """What `Run` holds, with the shape by name."""
-    return {name: row[name] for name in BASE_FIELDS} | {"shape": row["shape"]["name"]}
+    return {name: row.get(name) for name in BASE_FIELDS} | {"shape": row["shape"]["name"]}
 
 
 def like_base(row: Row, *free: str) -> bool:

@@ -3,9 +3,7 @@
     python benchmarks/lrquant.py tta ablation --model DIR --calibration wikitext2=wikitext2-valid.txt \\
         --text wikitext2=wikitext2-test.txt --text c4=c4-train.jsonl --jobs 8 --work /tmp/lrquant --results FILE.jsonl
 
-Each row is a real `ptql fit`, which rows may share, and a real `ptql eval`. One JSON line a row goes to the results
-file; a row that is in it already is not repeated, stopped calibrations go on, and with `--deadline` nothing begins
-later than that. `benchmarks/lrquant_tables.py` makes the tables of docs/methods/lrquant.md.
+`benchmarks/rows.py` says how rows are made. `benchmarks/lrquant_tables.py` makes the tables of docs/methods/lrquant.md.
 
 Plans:
     tta       each calibration, adapted to each text in every shipped way
@@ -19,16 +17,10 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
-import shlex
 import sys
-import time
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import yaml
@@ -36,11 +28,11 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.accuracy import Run, call, eval_options, fit_command, portable  # noqa: E402
-from benchmarks.calibration import probed_apart, read_rows  # noqa: E402
+from benchmarks import rows  # noqa: E402
+from benchmarks.accuracy import Run  # noqa: E402
+from benchmarks.rows import SEED  # noqa: E402
 
 SCHEME = "w4a4"
-SEED = 2
 SEEDS = (2, 3, 4)
 TTA = ("transductive", "prefix", "online", "best", "best_online", "rlq")
 LEARNING_RATES = (1e-5, 1e-4, 1e-3, 1e-2)
@@ -82,40 +74,37 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One row.
+class Job(rows.Job):
+    """One row; further to `rows.Job`:
 
     Args:
-        plan: Whose table it stands in.
-        label: What differs, in words.
-        run: The calibration; its label is unique among those on one text.
-        calibration: Name of its text.
-        texts: Names of those that are measured.
-        seed: Of the windows, and of everything else.
         shipped: Shipped configurations of the measurement.
         settings: Further adaptations.
     """
 
-    plan: str
-    label: str
-    run: Run
-    calibration: str
-    texts: tuple[str, ...]
-    seed: int = SEED
     shipped: tuple[str, ...] = ()
     settings: tuple[Setting, ...] = ()
 
-    def fit_name(self, args: argparse.Namespace) -> str:
-        """Of the calibration's directory: the same for the same calibration only."""
-        return f"{self.calibration}-{self.run.name}-{args.samples}x{args.length}"
-
     def name(self, args: argparse.Namespace) -> str:
-        """Of the row; no two rows have the same."""
-        parts = [self.plan, self.fit_name(args), *self.texts, f"w{self.windows(args) or 'all'}"]
-        return "-".join([*parts, f"{len(self.settings)}s"] if self.settings else parts)
+        return "-".join([super().name(args), *([f"{len(self.settings)}s"] if self.settings else [])])
 
     def windows(self, args: argparse.Namespace) -> int | None:
         return args.ablation_windows if self.plan == "ablation" else args.windows
+
+    def measure(self, args: argparse.Namespace, run: Path, found: Path) -> list[str]:
+        """Settings are written to a configuration beside the run."""
+        configs = list(self.shipped)
+        if self.settings:
+            callbacks = [setting.callback() for setting in self.settings]
+            file = found.with_suffix(".yaml")
+            file.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}, sort_keys=False), encoding="utf-8")
+            configs.append(str(file))
+        command, *options = super().measure(args, run, found)
+        options += ["--compare_source", "true"] if self.shipped else []
+        return [command, *(part for config in configs for part in ("-c", config)), *options]
+
+    def more(self) -> dict[str, Any]:
+        return {"settings": {setting.name: asdict(setting) for setting in self.settings}}
 
 
 def calibration(
@@ -194,7 +183,7 @@ def slug(label: str) -> str:
 
 
 def planned(args: argparse.Namespace) -> list[Job]:
-    """The rows of all plans; those whose calibration an earlier one makes come last, not to wait for it."""
+    """The rows of all plans."""
     made = {
         "tta": tta_jobs,
         "ablation": ablation_jobs,
@@ -207,163 +196,14 @@ def planned(args: argparse.Namespace) -> list[Job]:
             *plus_jobs(args)[:2],
         ],
     }
-    jobs = {job.name(args): job for plan in args.plans for job in made[plan](args)}
-    seen: set[str] = set()
-    first, later = [], []
-    for job in jobs.values():
-        fit = job.fit_name(args)
-        (later if fit in seen else first).append(job)
-        seen.add(fit)
-    return first + later
-
-
-class Bench:
-    """Makes rows. A calibration that several rows share is made once.
-
-    Args:
-        args: The command line.
-        machine: What `probed_apart` found.
-    """
-
-    def __init__(self, args: argparse.Namespace, machine: dict[str, Any]) -> None:
-        self.args, self.machine = args, machine
-        self.began = time.monotonic()
-        self._fitted: dict[str, bool] = {}
-        self._locks: dict[str, Lock] = defaultdict(Lock)
-        self._names = Lock()
-
-    def row(self, job: Job) -> dict[str, Any] | None:
-        """Calibrate and measure; None if a command fails, with its last words on stderr, or it is too late."""
-        args, name = self.args, job.name(self.args)
-        folder = args.work / job.fit_name(args)
-        fit = fit_command(job.run, args, args.calibrations[job.calibration], folder)
-        if not self._calibrated(folder, fit):
-            return None
-        found = folder.with_name(f"{name}.json")
-        found.unlink(missing_ok=True)
-        measure = self.measure(job, folder, found)
-        began = time.monotonic()
-        if self._late(name) or not call(measure, folder.with_name(name)):
-            return None
-        seconds = time.monotonic() - began
-        of_fit = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        return {
-            "plan": job.plan,
-            "name": name,
-            "label": job.label,
-            "method": job.run.method,
-            "scheme": job.run.scheme,
-            "epochs": job.run.epochs,
-            "seed": job.seed,
-            "calibration": job.calibration,
-            "samples": args.samples,
-            "length": args.length,
-            "settings": {setting.name: asdict(setting) for setting in job.settings},
-            "command": self._portable(fit, folder),
-            "eval_command": self._portable(measure, folder),
-            "jobs_at_once": args.jobs,
-            "seconds_eval": round(seconds, 1),
-            **self.machine,
-            "fit": {**of_fit["fit"], "source": "MODEL"},
-            **{key: of_fit[key] for key in ("bits_per_weight", "size_bytes") if key in of_fit},
-            **json.loads(found.read_text(encoding="utf-8")),
-        }
-
-    def measure(self, job: Job, folder: Path, found: Path) -> list[str]:
-        """The measurement, without `ptql`; settings are written to a configuration beside the run."""
-        args = self.args
-        configs = list(job.shipped)
-        if job.settings:
-            callbacks = [setting.callback() for setting in job.settings]
-            file = found.with_suffix(".yaml")
-            file.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}, sort_keys=False), encoding="utf-8")
-            configs.append(str(file))
-        own = argparse.Namespace(**{**vars(args), "windows": job.windows(args)})
-        options = eval_options(own, {name: args.texts[name] for name in job.texts})
-        command = ["eval", *(part for config in configs for part in ("-c", config)), "--run", str(folder)]
-        command += ["--compare_source", "true"] if job.shipped else []
-        return [*command, "--json", str(found), "--batch_size", str(args.batch_size), *options]
-
-    def _calibrated(self, folder: Path, fit: list[str]) -> bool:
-        with self._names:
-            lock = self._locks[folder.name]
-        with lock:
-            if folder.name not in self._fitted:
-                self._fitted[folder.name] = not self._late(folder.name) and call(fit, folder)
-            return self._fitted[folder.name]
-
-    def _late(self, name: str) -> bool:
-        late = time.monotonic() - self.began > self.args.deadline
-        if late:
-            print(f"{name}: not begun, after the deadline", file=sys.stderr, flush=True)
-        return late
-
-    def _portable(self, command: list[str], folder: Path) -> str:
-        """Without this machine's paths; texts by their files' names, wherever these lie."""
-        texts = {*self.args.calibrations.values(), *self.args.texts.values()}
-        words = [Path(part).name if part in texts else part for part in ["ptql", *command]]
-        return portable(words, argparse.Namespace(model=str(self.args.model)), folder)
-
-
-def said(row: dict[str, Any]) -> str:
-    """A row in one line."""
-    adapted = {name: values["ppl"] for name, values in row.get("tta", {}).items()}
-    return f"{row['name']}: ppl {row['ppl']}" + (f", adapted {adapted}" if adapted else "")
-
-
-def named(parser: argparse.ArgumentParser, option: str, given: list[str]) -> dict[str, str]:
-    """NAME=FILE pairs, each name once; a file that is there as an absolute path."""
-    pairs = [item.partition("=") for item in given]
-    if not all(name and file for name, _, file in pairs) or len({name for name, *_ in pairs}) < len(pairs):
-        parser.error(f"{option} {shlex.join(given)}: NAME=FILE is needed, each name once")
-    return {name: str(Path(file).absolute()) if Path(file).exists() else file for name, _, file in pairs}
+    return rows.shared_last([job for plan in args.plans for job in made[plan](args)], args)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plans", nargs="+", choices=PLANS, metavar="PLAN", help=", ".join(PLANS))
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--calibration", action="append", required=True, metavar="NAME=FILE", help="may be repeated")
-    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="may be repeated")
-    parser.add_argument("--work", required=True, type=Path, help="for runs and logs")
-    parser.add_argument("--results", required=True, type=Path)
-    parser.add_argument("--jobs", type=int, default=1, help="rows at once; more than one disturb each other's times")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--windows", type=int, help="windows of each text; all by default")
-    parser.add_argument("--ablation_windows", type=int, default=32, help="windows of each text in `ablation`")
-    parser.add_argument("--precision", help="bf16-mixed on a GPU by default, else 32-true")
-    parser.add_argument("--deadline", type=float, default=float("inf"), metavar="SECONDS", help="none begins later")
-    args = parser.parse_args(arguments)
-    args.calibrations = named(parser, "--calibration", args.calibration)
-    args.texts = named(parser, "--text", args.text)
-    args.model, args.work = args.model.absolute(), args.work.absolute()
-    probed = probed_apart()
-    args.precision = args.precision or ("bf16-mixed" if probed["gpus"] else "32-true")
-    for folder in (args.work, args.results.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    done = {(row["name"], row["machine"]) for row in read_rows(args.results)}
-    bench, writing = Bench(args, probed), Lock()
+    def more(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--ablation_windows", type=int, default=32, help="windows of each text in `ablation`")
 
-    def record(job: Job) -> bool:
-        if (job.name(args), probed["machine"]) in done:
-            return True
-        try:
-            row = bench.row(job)
-        except (OSError, ValueError, LookupError) as error:  # no room, a file of another version
-            print(f"{job.name(args)}: {error!r}", file=sys.stderr, flush=True)
-            return False
-        if row is None:
-            return False
-        with writing, open(args.results, "a", encoding="utf-8") as sink:
-            sink.write(json.dumps(row) + "\n")
-        print(f"{time.strftime('%T')} {said(row)}", flush=True)
-        return True
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        return 0 if all([job.result() for job in [pool.submit(record, job) for job in planned(args)]]) else 1
+    return rows.main(__doc__, PLANS, planned, arguments, more)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 Row = dict[str, Any]
 METHODS = ("fp", "rtn", "omniquant", "lrquant")  # further ones come after them, by name
-SCHEME = re.compile(r"w(\d+)a(\d+)(?:g(\d+))?")
+SCHEME = re.compile(r"w(\d+)(b?)a(\d+)(?:g(\d+))?")
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 BITS = ("bits_per_weight", "bits_per_weight_with_embeddings")
 NONE = "–"
@@ -43,10 +43,10 @@ def place(row: Row) -> tuple[Any, ...]:
     """
     method, scheme = row["method"], row["scheme"]
     sizes = SCHEME.fullmatch(scheme)
-    weight, activation, group = (int(size or 0) for size in sizes.groups()) if sizes else (99, 99, 0)
+    weight, five, activation, group = sizes.groups() if sizes else ("99", "", "99", "")
     rank = METHODS.index(method) if method in METHODS else len(METHODS)
-    coarse_first = -group if group else float("-inf")
-    return -activation, -weight, coarse_first, scheme, rank, method, row["label"], row["epochs"]
+    coarse_first = -int(group) if group else float("-inf")
+    return -int(activation), -int(weight), not five, coarse_first, scheme, rank, method, row["label"], row["epochs"]
 
 
 def table(rows: list[Row]) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks import lrquant, lrquant_tables
-from benchmarks.lrquant import ADAPTED_BY, LEARNING_RATES, SEEDS, TTA, Bench, Job, Setting, grid, planned
+from benchmarks import lrquant, lrquant_tables, rows
+from benchmarks.accuracy import fit_command
+from benchmarks.lrquant import ADAPTED_BY, LEARNING_RATES, SEEDS, TTA, Job, Setting, grid, planned
 
 ROOT = Path(__file__).parents[2]
 H100 = "NVIDIA H100 80GB HBM3"
@@ -70,7 +71,7 @@ def test_calibrations_of_one_name_are_the_same_command() -> None:
     commands: dict[str, set[tuple[str, ...]]] = {}
     args = arguments("tta", "ablation", "nlc", "plus")
     for job in planned(args):
-        fit = lrquant.fit_command(job.run, args, args.calibrations[job.calibration], Path("/w/run"))
+        fit = fit_command(job.run, args, args.calibrations[job.calibration], Path("/w/run"))
         commands.setdefault(job.fit_name(args), set()).add(tuple(fit))
     assert {len(found) for found in commands.values()} == {1}
     assert len(set.union(*commands.values())) == len(commands)
@@ -84,7 +85,7 @@ def test_seeds_are_those_of_the_windows_too() -> None:
         *("MSE + NLC, balanced", "MSE + NLC, ones"),
     }
     for job in jobs:
-        command = lrquant.fit_command(job.run, args, "t", Path("/w/run"))
+        command = fit_command(job.run, args, "t", Path("/w/run"))
         assert pairs(command, "--seed_everything") == pairs(command, "--data.seed") == [str(job.seed)]
     assert {job.seed for job in jobs} == set(SEEDS)
 
@@ -117,7 +118,7 @@ def test_the_measurement_of_a_grid_names_its_settings_in_a_file(tmp_path: Path) 
     args = arguments(work=tmp_path)
     settings = (SHIPPED, Setting(1e-5, 1e-5, 5, 1, "NLC, T2"))
     job = Job("ablation", "LRQuant", lrquant.calibration(20), "wiki", ("b",), settings=settings)
-    command = Bench(args, {}).measure(job, tmp_path / "run", tmp_path / "found.json")
+    command = job.measure(args, tmp_path / "run", tmp_path / "found.json")
     (file,) = pairs(command, "-c")
     recipe, slow = yaml.safe_load(Path(file).read_text())["trainer"]["callbacks"]
     assert recipe["init_args"].pop("objective")["init_args"] == {"mse": 1, "nlc": 1, "targets": ["fp"]}
@@ -133,7 +134,7 @@ def test_the_measurement_of_a_grid_names_its_settings_in_a_file(tmp_path: Path) 
 def test_all_shipped_adaptations_are_one_measurement(tmp_path: Path) -> None:
     args = arguments("tta", windows=7)
     job = planned(args)[0]
-    command = Bench(args, {}).measure(job, tmp_path / "run", tmp_path / "found.json")
+    command = job.measure(args, tmp_path / "run", tmp_path / "found.json")
     assert pairs(command, "-c") == [f"tta/{name}" for name in TTA]
     assert (pairs(command, "--text.a"), pairs(command, "--windows")) == (["/t/a.txt"], ["7"])
 
@@ -146,7 +147,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Commands that were run; instead of running they leave the files that are read."""
     made: list[list[str]] = []
 
-    def call(command: list[str], folder: Path) -> bool:
+    def call(command: list[str], folder: Path, environment: dict[str, str]) -> bool:
         made.append(command)
         if command[0] == "fit":
             run = Path(pairs(command, "--trainer.default_root_dir")[0])
@@ -158,8 +159,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         Path(pairs(command, "--json")[0]).write_text(json.dumps({"ppl": ppl}))
         return True
 
-    monkeypatch.setattr(lrquant, "call", call)
-    monkeypatch.setattr(lrquant, "probed_apart", lambda: {"gpus": 1, "machine": H100, "torch": "2.11.0"})
+    monkeypatch.setattr(rows, "call", call)
+    monkeypatch.setattr(rows, "probed_apart", lambda: {"gpus": 1, "machine": H100, "torch": "2.11.0"})
     return made
 
 
@@ -176,11 +177,11 @@ def test_a_shared_calibration_is_made_once_and_a_row_is_not_repeated(
     assert lrquant.main(["tta", "ablation", *command, "--jobs", "3"]) == 0
     assert sorted(words[0] for words in calls) == ["eval", "eval", "eval", "fit"]
     assert calls[0][calls[0].index("--trainer.precision") + 1] == "bf16-mixed"
-    rows = lrquant_tables.read_rows([tmp_path / "out" / "r.jsonl"])
-    assert sorted(row["plan"] for row in rows) == ["ablation", "ablation", "tta"]
-    assert rows[0]["command"].startswith("ptql fit -c methods/lrquant -c schemes/w4a4 --model.source MODEL")
-    assert rows[0]["fit"] == {"blocks": 5, "seconds_learning": 10.0, "source": "MODEL"}
-    assert str(tmp_path) not in json.dumps(rows)
+    found = lrquant_tables.read_rows([tmp_path / "out" / "r.jsonl"])
+    assert sorted(row["plan"] for row in found) == ["ablation", "ablation", "tta"]
+    assert found[0]["command"].startswith("ptql fit -c methods/lrquant -c schemes/w4a4 --model.source MODEL")
+    assert found[0]["fit"] == {"blocks": 5, "seconds_learning": 10.0, "source": "MODEL"}
+    assert str(tmp_path) not in json.dumps(found)
     assert lrquant.main(["tta", "ablation", *command]) == 0
     assert len(calls) == 4
     assert lrquant.main(["tta", *command, "--windows", "3"]) == 0
@@ -190,8 +191,8 @@ def test_a_shared_calibration_is_made_once_and_a_row_is_not_repeated(
 @pytest.mark.usefixtures("calls")
 def test_a_failed_calibration_does_not_end_the_plan(command: list[str], tmp_path: Path) -> None:
     assert lrquant.main(["nlc", *command]) == 1
-    rows = lrquant_tables.read_rows([tmp_path / "out" / "r.jsonl"])
-    assert [row["seed"] for row in rows] == [2, 4] * 5
+    found = lrquant_tables.read_rows([tmp_path / "out" / "r.jsonl"])
+    assert [row["seed"] for row in found] == [2, 4] * 5
 
 
 def test_nothing_begins_after_the_deadline(
@@ -303,8 +304,8 @@ def test_seeds_are_a_mean_a_deviation_and_extremes() -> None:
 
 
 def test_variants_stand_below_the_plain_recipe() -> None:
-    rows = [row("plus", "LRQuant+", bits_per_weight=4.2), row("plus", "rank 4"), row("plus")]
-    made = cells(lrquant_tables.tables(rows)["plus"])
+    found = [row("plus", "LRQuant+", bits_per_weight=4.2), row("plus", "rank 4"), row("plus")]
+    made = cells(lrquant_tables.tables(found)["plus"])
     assert [line[0] for line in made[2:]] == ["LRQuant", "LRQuant+", "rank 4"]
     assert made[3] == ["LRQuant+", "100.0", "200.0", "4.200", "1.50"]
 
@@ -358,7 +359,7 @@ def test_the_tiny_plan_end_to_end(stories_dir: Path, shared_dir: Path, tmp_path:
     command += ["--epochs", "1", "--samples", "4", "--length", "32", "--windows", "20", "--ablation_windows", "4"]
     command += ["--jobs", "2"]
     assert lrquant.main([*command, "--work", str(tmp_path / "work"), "--results", str(results)]) == 0
-    rows = lrquant_tables.read_rows([results])
+    found = lrquant_tables.read_rows([results])
     assert [row["plan"] for row in rows].count("plus") == 2
     (tta,) = (row for row in rows if row["plan"] == "tta")
     assert tta["tta"].keys() == set(TTA)

@@ -1,0 +1,180 @@
+"""Tables of the results that `benchmarks/abq.py` writes; needs no GPU.
+
+    python benchmarks/abq_tables.py FILE.jsonl ...
+    python benchmarks/abq_tables.py FILE.jsonl --docs docs/methods/abq.md
+
+The second puts each table between the lines <!-- begin: NAME --> and <!-- end: NAME --> of the Markdown file that has
+them, NAME being grid, parts, tasks, budget or start; a table without rows leaves what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.abq import METHODS, SCHEMES, WITHOUT  # noqa: E402
+from benchmarks.calibration_tables import fill, markdown  # noqa: E402
+from benchmarks.lrquant_tables import listed  # noqa: E402
+from benchmarks.tables import NONE, short  # noqa: E402
+
+Row = dict[str, Any]
+
+
+def read_rows(files: list[Path]) -> list[Row]:
+    """The rows of all files; of the lines of one row on one machine the last counts."""
+    rows: dict[tuple[str, str], Row] = {}
+    for file in files:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                assert row["plan"] in TABLES
+                rows[row["machine"], row["name"]] = row
+            except (ValueError, LookupError, TypeError, AssertionError) as error:
+                reason = f"not a line of benchmarks/abq.py ({error!r})"
+                raise SystemExit(f"{file}:{number}: {reason}; remove it") from None
+    return list(rows.values())
+
+
+def tables(rows: list[Row]) -> dict[str, str]:
+    """Every table that has rows, by name, machine by machine, each after a line that says which; with a newline."""
+    made = {}
+    for plan, (table, needs) in TABLES.items():
+        parts = []
+        for machine in dict.fromkeys(row["machine"] for row in rows if row["plan"] == plan):
+            same = [row for row in rows if row["machine"] == machine and row["plan"] in (plan, *needs)]
+            own = [row for row in same if row["plan"] == plan]
+            parts.append(f"{machine_words(own)}\n\n{table(same)}")
+        if parts:
+            made[plan] = "\n".join(parts)
+    return made
+
+
+def machine_words(rows: list[Row]) -> str:
+    """Which machine, which versions, how it was calibrated."""
+    last = rows[-1]
+    versions = [f"{name} {last[name]}" for name in ("torch", "lightning", "transformers") if last.get(name)]
+    data = listed(f"{row['samples']} × {row['length']}" for row in rows)
+    words = (
+        f"{last['machine']}; {', '.join(versions)}; calibrated on {listed(row['calibration'] for row in rows)}, {data}"
+    )
+    seeds, at_once = (listed(row[key] for row in rows) for key in ("seed", "jobs_at_once"))
+    return f"{words} tokens, seed {seeds}; runs at once: {at_once}."
+
+
+def ppl_cells(row: Row | None, texts: list[str]) -> list[str]:
+    return [short(row["ppl"][text]) if row and text in row["ppl"] else NONE for text in texts]
+
+
+def bits(row: Row) -> str:
+    return f"{row['bits_per_weight']:.3f}"
+
+
+def texts_of(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(text for row in rows for text in row["ppl"]))
+
+
+def grid_table(rows: list[Row]) -> str:
+    """A row a scheme: perplexities of each method, and true bits."""
+    texts, lines = texts_of(rows), []
+    for scheme in SCHEMES:
+        found = {row["method"]: row for row in rows if row["scheme"] == scheme}
+        if not found:
+            continue
+        spent = listed(bits(found[method]) for method in METHODS if method in found)
+        count = listed(row["epochs"] for row in found.values())
+        cells = [cell for text in texts for m in METHODS for cell in ppl_cells(found.get(m), [text])]
+        lines.append([scheme, count, *cells, spent])
+    heads = ["scheme", "epochs", *(f"{method}, {text}" for text in texts for method in METHODS), "bits per weight"]
+    return markdown(heads, lines, words=1)
+
+
+def parts_table(rows: list[Row]) -> str:
+    """A row a variant, the recipe first: perplexities on the first text, then on the others, a column a scheme."""
+    texts = texts_of(rows)
+    schemes = [scheme for scheme in SCHEMES if any(row["scheme"] == scheme for row in rows)]
+    by_place = {(row["label"], row["scheme"]): row for row in rows if row["method"] == "abq"}
+    labels = ["abq", *WITHOUT]
+    parts = []
+    for text in texts:
+        lines = [
+            [
+                "as shipped" if label == "abq" else label,
+                *(ppl_cells(by_place.get((label, s)), [text])[0] for s in schemes),
+            ]
+            for label in labels
+        ]
+        parts.append(markdown([f"abq, {text} ppl", *schemes], lines, words=1))
+    return "\n".join(parts)
+
+
+def tasks_table(rows: list[Row]) -> str:
+    """A row a model: acc, and acc_norm where a task has it, and their means over the tasks."""
+    found = {row["label"]: row["tasks"]["results"] for row in rows}
+    sources = [row["source"]["tasks"]["results"] for row in rows if "source" in row]
+    found = {**({"fp": sources[0]} if sources else {}), **found}
+    names = list(next(iter(found.values())))
+    lines = []
+    for label, tasks in found.items():
+        cells = []
+        for name in names:
+            acc, norm = (tasks[name].get(metric) for metric in ("acc", "acc_norm"))
+            cells.append(f"{100 * acc:.1f}" + (f" / {100 * norm:.1f}" if norm is not None else ""))
+        accs = [tasks[name]["acc"] for name in names]
+        norms = [tasks[name].get("acc_norm", tasks[name]["acc"]) for name in names]
+        lines.append([label, *cells, *(f"{100 * sum(values) / len(values):.2f}" for values in (accs, norms))])
+    heads = ["W4A4", *(name.removesuffix("_local") for name in names), "mean acc", "mean acc_norm, else acc"]
+    return markdown(heads, lines, words=1)
+
+
+def plain_table(rows: list[Row]) -> str:
+    """A row each: scheme, what differs, true bits, perplexities."""
+    texts = texts_of(rows)
+    order = {scheme: place for place, scheme in enumerate(("w2a8", "w2ba8", "w2a16", "w3a16", "w4a16"))}
+    shown = sorted(rows, key=lambda row: (order.get(row["scheme"], 9), row["method"], row["plan"] != "grid"))
+    lines = [[row["scheme"], row["label"], str(row["epochs"]), bits(row), *ppl_cells(row, texts)] for row in shown]
+    return markdown(
+        ["scheme", "bits or start", "epochs", "bits per weight", *(f"{t} ppl" for t in texts)], lines, words=2
+    )
+
+
+def start_table(rows: list[Row]) -> str:
+    """Beside each the same with the usual start, from the grid."""
+    runs = {(row["scheme"], row["method"]) for row in rows if row["plan"] == "start"}
+    return plain_table([row for row in rows if (row["scheme"], row["method"]) in runs])
+
+
+TABLES: dict[str, tuple[Callable[[list[Row]], str], tuple[str, ...]]] = {
+    "grid": (grid_table, ()),
+    "parts": (parts_table, ("grid",)),
+    "tasks": (tasks_table, ()),
+    "budget": (plain_table, ()),
+    "start": (start_table, ("grid",)),
+}
+"""Each table, and the plans whose rows it shows beside its own."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--docs", type=Path, metavar="PAGE.md")
+    args = parser.parse_args(arguments)
+    made = tables(read_rows(args.files))
+    if args.docs is None:
+        print("\n".join(made.values()), end="")
+        return
+    page = args.docs.read_text(encoding="utf-8")
+    for name, table in made.items():
+        page = fill(page, table, name) if f"<!-- begin: {name} -->" in page else page
+    args.docs.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
