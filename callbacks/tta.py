@@ -59,7 +59,8 @@ class TestTimeAdaptation(BlockCallback):
         weight_lr: Learning rate of what weight quantisers learn; the recipe's by default.
         prefix: Windows of the mode `prefix`.
         batch_size: Windows of a step.
-        objective: Compares a block with its full-precision original; MSE + NLC on the fp stream by default.
+        objective: Compares a block's output with that of its full-precision original; MSE + NLC on the fp stream by
+            default.
         compat: `rlq` does what the original's code does instead of what its paper says: the last block begins anew,
             is adapted on the embeddings as if it were the first one, and its activations are not rounded, neither
             then nor when it is measured. Results bear the mark.
@@ -97,6 +98,11 @@ class TestTimeAdaptation(BlockCallback):
             raise InputError(
                 f"tta compat=rlq with mode={mode}, blocks={blocks}, objective={objective}: the original adapts one "
                 "block on all windows by MSE + NLC; leave these out"
+            )
+        if objective is not None and objective.attention is not None:
+            raise InputError(
+                f"tta objective={type(objective).__name__}: it looks at attention, and here outputs alone are "
+                "compared; give that a weight of 0, or take another objective"
             )
         self.mode: Mode = mode
         self.blocks = blocks

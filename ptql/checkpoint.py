@@ -86,7 +86,7 @@ class Checkpoint:
     def block_names(self, index: int) -> list[str]:
         """Names of block `index`'s tensors in the model."""
         prefix = f"{self.family.blocks}.{index}."
-        return [prefix + name for name in self._empty_block(index).state_dict()]
+        return [prefix + name for name in self.empty_block(index).state_dict()]
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """The tensors of block `index` as stored, by name in the model."""
@@ -94,7 +94,7 @@ class Checkpoint:
 
     def build_block(self, index: int, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> nn.Module:
         """Block `index` of the tensors that `read_block` gave; takes them out of `tensors`, one by one."""
-        block = self._empty_block(index)
+        block = self.empty_block(index)
         prefix = f"{self.family.blocks}.{index}."
         loaded = {}
         while tensors:  # a block's tensors are not there twice
@@ -105,11 +105,11 @@ class Checkpoint:
             unpack_block(block)
         return block.to(device).eval().requires_grad_(False)
 
-    def _empty_block(self, index: int) -> nn.Module:
+    def empty_block(self, index: int) -> nn.Module:
         """Block `index` as its tensors are stored, parameters on the meta device."""
         block = copy.deepcopy(self._skeleton.get_submodule(f"{self.family.blocks}.{index}"))
         if self.packed is not None:
-            prepare_block(block, self.packed)
+            prepare_block(block, self.packed, index)
         return block
 
     def check_blocks(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 
 from ptql.errors import InputError
 
@@ -10,10 +12,14 @@ UNQUANTISED = 16
 """The bit width that means: leave this tensor as it is."""
 
 
-def check_bits(bits: int, what: str) -> None:
-    """Raise `InputError` unless `bits` is 2 to 8, or 16."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not (2 <= bits <= 8 or bits == UNQUANTISED):
-        raise InputError(f"{what} bits={bits}: a whole number from 2 to 8 is supported; use 16 to leave it unquantised")
+FIVE = 5
+"""Levels of ABQ-LLM's bit balance: -2, -1, 0, 1, 2."""
+
+
+def check_bits(bits: object, what: str, fewest: int, remedy: str = "use 16 to leave it unquantised") -> None:
+    """Raise `InputError` unless `bits` is a whole number from `fewest` to 8, or 16."""
+    if type(bits) is not int or not (fewest <= bits <= 8 or bits == UNQUANTISED):
+        raise InputError(f"{what} bits={bits}: a whole number from {fewest} to 8 is supported; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -21,27 +27,48 @@ class IntScheme:
     """Integer format of the weights of a linear layer.
 
     Args:
-        bits: Width of a code, 2 to 8; 16 leaves the weights unquantised.
+        bits: Width of a code, 1 to 8; 16 leaves the weights unquantised.
         group_size: Neighbouring input columns that share a scale; -1 means a whole row (per channel). Where it
             does not divide the row, the last group is shorter.
         symmetric: No zero point: the range is the same on both sides of zero.
+        balanced: With 2 bits: five levels in place of four, symmetric -2 to 2 (ABQ-LLM's bit balance, its W2*).
+            Stored in 2.33 bits a code, and called 2b, not 2.
     """
 
     bits: int = 4
     group_size: int = -1
     symmetric: bool = False
+    balanced: bool = False
 
     def __post_init__(self) -> None:
-        check_bits(self.bits, "weight")
-        whole = isinstance(self.group_size, int) and not isinstance(self.group_size, bool)
-        if not whole or (self.group_size != -1 and self.group_size < 1):
+        check_bits(self.bits, "weight", fewest=1)
+        if type(self.group_size) is not int or (self.group_size != -1 and self.group_size < 1):
             raise InputError(
                 f"group_size={self.group_size}: a group holds at least 1 column; use -1 for one scale a row"
             )
+        if self.balanced and self.bits != 2:
+            raise InputError(f"balanced=true with bits={self.bits}: it is a kind of 2 bits; use bits: 2, or false")
+        if self.bits == 1 and self.symmetric:
+            raise InputError("bits=1, symmetric=true: a middle code and one other hold no sign; use symmetric: false")
 
     @property
     def quantised(self) -> bool:
         return self.bits < UNQUANTISED
+
+    @property
+    def levels(self) -> int:
+        """How many values a code has."""
+        return FIVE if self.balanced else 2**self.bits
+
+    @property
+    def code_bits(self) -> float:
+        """What a code takes where many are stored."""
+        return 7 / 3 if self.balanced else float(self.bits)
+
+    @property
+    def name(self) -> str:
+        """Of the bits, as schemes are called: `4`, `2b`."""
+        return f"{self.bits}b" if self.balanced else str(self.bits)
 
     def columns(self, row: int) -> int:
         """Columns of a full group in a row of `row` columns."""
@@ -53,18 +80,86 @@ class IntScheme:
 
 
 @dataclass(frozen=True)
+class LayerSchemes:
+    """Integer formats of all matrices of a model.
+
+    Args:
+        default: Of those that are no exceptions.
+        exceptions: Of layers that were named, by `INDEX.LINEAR`: the block's index, from 0, and the layer's name in it.
+    """
+
+    default: IntScheme
+    exceptions: Mapping[str, IntScheme] = field(default_factory=dict)
+
+    def of(self, block: int, linear: str) -> IntScheme:
+        """The format of a layer's weights."""
+        return self.exceptions.get(f"{block}.{linear}", self.default)
+
+    @property
+    def any_quantised(self) -> bool:
+        return any(scheme.quantised for scheme in (self.default, *self.exceptions.values()))
+
+
+LayerFormat = int | dict[str, int | bool]
+"""What a pattern says of the layers it names: bits, or settings of an `IntScheme`."""
+
+
+def schemes_by_pattern(
+    default: IntScheme, patterns: Mapping[str, LayerFormat], names: Mapping[str, str]
+) -> LayerSchemes:
+    """The formats that patterns of names say; a later pattern wins over an earlier one.
+
+    A pattern is a name or a part of one, whole words between dots: `down_proj`, `layers.0`, `layers.*.self_attn`; `*`
+    stands for anything.
+
+    Args:
+        default: Format of a layer that no pattern names, and what a pattern leaves open.
+        patterns: What they say.
+        names: `INDEX.LINEAR` of each layer by its name in the model.
+
+    Raises:
+        InputError: A pattern names no layer, or says something that is no format.
+    """
+    exceptions: dict[str, IntScheme] = {}
+    for pattern, given in patterns.items():
+        settings = {"bits": given} if isinstance(given, int) else given
+        if unknown := set(settings) - {f.name for f in fields(IntScheme)}:
+            raise InputError(f"layers: {pattern}: {sorted(unknown)[0]} is no setting of a format; see --model.weight")
+        if "bits" in settings and "balanced" not in settings:
+            settings = {**settings, "balanced": False}
+        scheme = replace(default, **settings)  # type: ignore[arg-type]
+        found = [key for name, key in names.items() if fnmatchcase(f".{name}.", f"*.{pattern}.*")]
+        if not found:
+            raise InputError(
+                f"layers: {pattern}: names no layer that is quantised, as {next(iter(names))} is; correct it"
+            )
+        exceptions |= dict.fromkeys(found, scheme)
+    return LayerSchemes(default, exceptions)
+
+
+@dataclass(frozen=True)
 class ActivationScheme:
     """Integer format of the activations inside a block.
 
     Args:
         bits: Width of a rounded activation, 2 to 8; 16 leaves activations unquantised.
+        kv_bits: Width of keys and values, what a cache holds: 2 to 8, or 16; as `bits` if it is left out.
     """
 
     bits: int = UNQUANTISED
+    kv_bits: int | None = None
 
     def __post_init__(self) -> None:
-        check_bits(self.bits, "activation")
+        check_bits(self.bits, "activation", fewest=2)
+        if self.kv_bits is not None:
+            check_bits(self.kv_bits, "kv_bits: key and value", fewest=2)
 
     @property
     def quantised(self) -> bool:
+        """Whether inputs of linear layers are rounded."""
         return self.bits < UNQUANTISED
+
+    @property
+    def cache_bits(self) -> int:
+        """Width of keys and values."""
+        return self.bits if self.kv_bits is None else self.kv_bits

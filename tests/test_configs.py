@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from ptql.calibration.data import CalibrationData
 from ptql.calibration.quant_lm import QuantLM
 from ptql.calibration.trainer import BlockTrainer
 from ptql.cli import main
-from ptql.parts.objectives import Reconstruction
-from ptql.parts.transforms import Smooth
+from ptql.parts.objectives import DistributionCorrection, Reconstruction
+from ptql.parts.transforms import Compensate, Smooth
 from ptql.parts.weights import Affine
+from ptql.recipe import IntScheme
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml"))
@@ -47,11 +49,12 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return run
 
 
-def numbers(scheme: str) -> tuple[int, int, int]:
-    """Weight bits, activation bits and group size in a name such as w2a16g64."""
-    found = re.fullmatch(r"w(\d+)a(\d+)(?:g(\d+))?", scheme)
+def numbers(scheme: str) -> tuple[IntScheme, int]:
+    """The format of weights and the bits of activations in a name such as w2a16g64, or w2ba8 of five levels."""
+    found = re.fullmatch(r"w(\d+)(b?)a(\d+)(?:g(\d+))?", scheme)
     assert found, scheme
-    return int(found[1]), int(found[2]), int(found[3] or -1)
+    balanced = bool(found[2])
+    return IntScheme(int(found[1]), int(found[4] or -1), symmetric=balanced, balanced=balanced), int(found[3])
 
 
 def test_the_files_that_were_asked_for_are_there() -> None:
@@ -73,32 +76,30 @@ def test_a_file_opens_with_what_it_is(path: Path) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_scheme_has_the_numbers_of_its_name_and_of_its_comment(scheme: str) -> None:
     path = CONFIGS / "schemes" / f"{scheme}.yaml"
-    weight, activation, group = numbers(scheme)
-    assert yaml.safe_load(path.read_text()) == {
-        "model": {
-            "weight": {"bits": weight, "group_size": group, "symmetric": False},
-            "activation": {"bits": activation},
-        }
-    }
-    of_groups = "one scale a row" if group == -1 else f"groups of {group}"
+    weight, activation = numbers(scheme)
+    said = {name: value for name, value in asdict(weight).items() if name != "balanced" or value}
+    assert yaml.safe_load(path.read_text()) == {"model": {"weight": said, "activation": {"bits": activation}}}
+    of_groups = "one scale a row" if weight.group_size == -1 else f"groups of {weight.group_size}"
     of_activations = "not quantised" if activation == 16 else f"{activation} bits, dynamic per token"
-    assert path.read_text().splitlines()[0] == (
-        f"# Weights: {weight} bits, {of_groups}, asymmetric. Activations: {of_activations}."
-    )
+    of_weights = f"{weight.bits} bits, {of_groups}, asymmetric"
+    if weight.balanced:
+        of_weights = f"five levels, -2 to 2 (ABQ-LLM's bit balance), 2.33 bits, {of_groups}"
+    assert path.read_text().splitlines()[0] == f"# Weights: {of_weights}. Activations: {of_activations}."
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_with_every_scheme(build: Any, method: str, scheme: str) -> None:
     model, _, trainer = build(f"methods/{method}", f"schemes/{scheme}")
-    weight, activation, group = numbers(scheme)
-    assert (model.weight.bits, model.weight.group_size, model.weight.symmetric) == (weight, group, False)
+    weight, activation = numbers(scheme)
+    assert model.weight == weight
     assert model.activation.bits == activation
     assert model.method == method
     assert isinstance(model.weight_quantizer, Affine)
     assert model.weight_quantizer.clip == (method != "rtn")
     smoothed = method in SMOOTHED and activation < 16
-    assert [type(transform) for transform in model.transforms] == [Smooth] * smoothed
+    transforms = [Smooth, Compensate] if method == "abq" else [Smooth] * smoothed
+    assert [type(transform) for transform in model.transforms] == transforms
     assert trainer.max_epochs == (0 if method == "rtn" else 20)
     json.dumps(model.identity())  # what a run is recognised by
 
@@ -122,6 +123,21 @@ def test_what_the_methods_learn_with(build: Any) -> None:
         "lrquant_plus": ("log", "all", 0.001, 1.0, 1.0, 0.0, ("fp", "fp_on_quantised")),
         "lrquant_tokens": ("log", "all", 0.001, 0.0, 1.0, 1.0, ("fp",)),
     }
+
+
+def test_what_abq_learns_with(build: Any) -> None:
+    """Its scripts smooth weights alone too; the loss is its code's."""
+    model, _, _ = build("methods/abq", "schemes/w2a16")
+    (smooth, compensate), loss, clip = model.transforms, model.objective, model.weight_quantizer
+    assert isinstance(smooth, Smooth)
+    assert isinstance(compensate, Compensate)
+    assert isinstance(loss, DistributionCorrection)
+    assert (clip.initial, clip.lr, clip.factor_rank) == (4.0, 0.01, 0)
+    assert (smooth.initial, smooth.alpha, smooth.shift, smooth.lr) == ("balanced", 0.5, "biased", 0.005)
+    assert smooth.sites == ("qkv", "out", "qkt", "fc1", "fc2")
+    assert (compensate.rank, compensate.first, compensate.last, compensate.lr) == (1, 3, 4, 0.01)
+    assert (loss.mse, loss.dlc, loss.akl, loss.akl_mode, loss.balance) == (1.0, 1.0, 1.0, "faithful", "sum")
+    assert loss.targets == ("fp", "fp_on_quantised")
 
 
 def test_the_order_of_files_does_not_matter_where_they_do_not_overlap(build: Any) -> None:

@@ -16,9 +16,10 @@ from ptql.calibration.ranks import Ranks
 from ptql.calibration.statistics import observe_inputs
 from ptql.calibration.stream_store import StreamStore
 from ptql.families import BlockLayout
-from ptql.nn.student import call_block, run_block
+from ptql.nn.attention_probe import AttentionProbe, made_by, watched_attention
+from ptql.nn.student import run_block
 from ptql.nn.transfer import Writer, batches_on
-from ptql.parts.objectives import Target
+from ptql.parts.objectives import ATTENTION, AttentionView, Target
 from ptql.parts.transforms import InputRange, Weights
 from ptql.shell import Shell
 
@@ -73,8 +74,10 @@ class Streams:
         dtype: In which hidden states are kept; blocks are given float32.
         budget: Decides where the streams lie: on the device, in host memory, or in files.
         folder: For such files; without one, streams never lie on disk.
-        at_a_time: Streams that exist at a time: both, the second target, the quantised block's output.
+        at_a_time: Streams that exist at a time: both, the second target, the quantised block's output, attention.
         work_bytes: What work on a block takes on the GPU, if somebody has measured it.
+        probabilities: Of attention that a pass looks at, for each token; passes take fewer samples where these are
+            more than the numbers of a hidden state.
     """
 
     @torch.no_grad()
@@ -90,6 +93,7 @@ class Streams:
         folder: Path | None = None,
         at_a_time: int = 4,
         work_bytes: int | None = None,
+        probabilities: int = 0,
     ) -> None:
         self.batch_size, self.device = batch_size, device
         self.ranks = ranks or Ranks()
@@ -105,7 +109,11 @@ class Streams:
         self._contexts: list[dict[str, Any]] = move(contexts, device)
         self._block = 0
         self._finite = torch.ones((), dtype=torch.bool, device=device)
-        self.targets: dict[Target, Tensor] = {}
+        self.targets: dict[str, Tensor] = {}
+        batch_bytes = 4 * batch_size * shape[1] * max(shape[2], probabilities)
+        self._at_once = max(PASS_BYTES // batch_bytes, 1) * batch_size
+        """Samples of a pass without gradients: whole training batches, as many as keep a GPU busy. As many in all
+        passes: how many there are is in the last bits of what they give, and a block may be gone through again."""
 
     @property
     def place(self) -> Place:
@@ -117,14 +125,24 @@ class Streams:
         """The keyword arguments of the block in hand: mask, RoPE."""
         return self._contexts[self._block]
 
-    def teach(self, block: nn.Module, layout: BlockLayout, targets: tuple[Target, ...]) -> dict[str, InputRange]:
+    def teach(
+        self,
+        block: nn.Module,
+        layout: BlockLayout,
+        targets: tuple[Target, ...],
+        attention: AttentionView | None = None,
+    ) -> dict[str, InputRange]:
         """Run the full-precision block: keeps the wanted targets, returns its input ranges.
 
         The fp stream moves on, in place, to the block's output (T1); the quantised one waits for `advance`.
         """
-        with self._watched(block), observe_inputs(block, layout, self.fp.shape[1], self.ranks) as ranges:
-            self._run(block, self.fp, self.fp)
         self.targets = {"fp": self.fp}
+        with (
+            self._watched(block),
+            self._attention_kept(block, layout, attention),
+            observe_inputs(block, layout, self.fp.shape[1], self.ranks) as ranges,
+        ):
+            self._run(block, self.fp, self.fp)
         if "fp_on_quantised" in targets:
             self.targets["fp_on_quantised"] = self._run(block, self.quantised)
         return ranges()
@@ -144,6 +162,17 @@ class Streams:
         finally:
             handle.remove()
 
+    @contextmanager
+    def _attention_kept(self, block: nn.Module, layout: BlockLayout, view: AttentionView | None) -> Iterator[None]:
+        """While open, what is seen of the block's attention becomes a target [samples, heads or 1, rows, keys]."""
+        if view is None:
+            yield
+            return
+        shape = view.shape(layout.attention.heads, self.fp.shape[1])
+        self.targets[ATTENTION] = self._store.empty((len(self.fp), *shape), self.fp.dtype)
+        with Writer(self.targets[ATTENTION], self.device) as writer, watched_attention(block, layout, view, writer.put):
+            yield
+
     def finite(self) -> bool:
         """Whether the full-precision block in every process gave numbers only: no nan, no infinity."""
         return self.ranks.all(bool(self._finite))
@@ -157,19 +186,21 @@ class Streams:
         return self._run(student, self.quantised, weights=weights)
 
     @torch.no_grad()
-    def compared(self, student: nn.Module, weights: Weights, out: Tensor | None) -> Iterator[dict[str, Tensor]]:
-        """A training batch's input and targets, and `output`: what the quantised block makes of it, float32.
+    def compared(
+        self, student: nn.Module, weights: Weights, out: Tensor | None, probe: AttentionProbe | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """A training batch's input and targets, and what the quantised block makes of it (`made_by`), float32.
 
-        All of it goes to `out`, too, where that is given: the outputs are read once, while they are made.
+        All outputs go to `out`, too, where that is given: they are read once, while they are made.
         """
         tensors = {"input": self.quantised, **self.targets}
-        batches = batches_on(self.device, tensors, self._at_once(self.quantised), torch.float32)
+        batches = batches_on(self.device, tensors, self._at_once, torch.float32)
         with nullcontext() if out is None else Writer(out, self.device) as writer:
             for index, batch in enumerate(batches):
-                made = call_block(student, batch["input"], self.context, weights)
+                made = made_by(student, batch["input"], self.context, weights, probe)
                 if writer is not None:
-                    writer.put(index * self._at_once(self.quantised), made)
-                parts = {name: tensor.split(self.batch_size) for name, tensor in {**batch, "output": made}.items()}
+                    writer.put(index * self._at_once, made["output"])
+                parts = {name: tensor.split(self.batch_size) for name, tensor in {**batch, **made}.items()}
                 yield from (dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True))
 
     def empty(self) -> Tensor:
@@ -192,12 +223,7 @@ class Streams:
         self, block: nn.Module, hidden: Tensor, out: Tensor | None = None, weights: Weights | None = None
     ) -> Tensor:
         out = self._store.empty(tuple(hidden.shape), hidden.dtype) if out is None else out
-        return run_block(block, hidden, self.context, self._at_once(hidden), weights, out)
-
-    def _at_once(self, hidden: Tensor) -> int:
-        """Samples of a pass without gradients: whole training batches, as many as keep a GPU busy."""
-        batch_bytes = 4 * self.batch_size * hidden.shape[1] * hidden.shape[2]
-        return max(PASS_BYTES // batch_bytes, 1) * self.batch_size
+        return run_block(block, hidden, self.context, self._at_once, weights, out)
 
 
 def resting_place(stream_bytes: int, device: torch.device, streams: int = 2) -> torch.device:

@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from ptql.engine.engine import Engine
 from ptql.engine.step import CaptureError, Step, plain_groups
 from ptql.functional.scaled import Scaled, multiplied_out
+from ptql.nn.attention_probe import AttentionProbe, made_by
 from ptql.nn.quant_linear import QuantLinear
-from ptql.nn.student import call_block, weights_of
-from ptql.parts.objectives import Objective, Targets, total
+from ptql.nn.student import weights_of
+from ptql.parts.objectives import Objective, all_terms, total
 from ptql.parts.transforms import TransformState, Weights
 from ptql.parts.weights import LinearQuantizer
 
@@ -37,6 +38,7 @@ class BlockTask(LightningModule):
         optimizer: Makes an optimiser of parameter groups.
         dense: Dtype in which matrices that are not quantised are stored.
         engine: Computes the steps; None for Lightning's own way.
+        probe: At the student's attention, where the objective looks at it.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class BlockTask(LightningModule):
         optimizer: OptimizerFactory,
         dense: torch.dtype = torch.float32,
         engine: Engine | None = None,
+        probe: AttentionProbe | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False  # state_dict holds the learnables only: the rest comes from the source model
@@ -58,6 +61,7 @@ class BlockTask(LightningModule):
         self.quantizers = nn.ModuleDict({name.replace(".", "/"): q for name, q in quantizers.items()})
         self._matrices = {f"{name}.weight" for name, m in student.named_modules() if isinstance(m, QuantLinear)}
         self.objective = objective
+        self.probe = probe
         self.balance = objective.balance_for_block()
         self._optimizer = optimizer
         self._dense = dense
@@ -79,6 +83,14 @@ class BlockTask(LightningModule):
         """Take the present values for the start: a block that learning makes worse falls back to them."""
         self.project()
         self.initial = copy.deepcopy(self.learnables())
+
+    @torch.no_grad()
+    def begin_on_weights(self) -> None:
+        """Let quantisers begin on the weights that they will round, as transforms fold them at first."""
+        folded = self.folded_weights(scaled=True)
+        for name, quantizer in self._by_linear():
+            quantizer.begin_on(multiplied_out(folded.pop(f"{name}.weight")))
+        self.begin_here()
 
     # What is learned, and what it makes of the weights
 
@@ -184,9 +196,8 @@ class BlockTask(LightningModule):
         """The weighted terms of the loss on a batch; their sum is what is learned."""
         self.project()
         hidden = batch["input"].to(torch.promote_types(batch["input"].dtype, torch.float32))
-        output = call_block(self.student, hidden, self.context, self.effective_weights())
-        targets: Targets = {name: batch[name] for name in self.objective.targets}
-        return self.objective.terms(output, targets)
+        made = made_by(self.student, hidden, self.context, self.effective_weights(), self.probe)
+        return all_terms(self.objective, {**batch, **made})
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss, terms = self.plain_loss(batch) if self._step is None else self._captured_loss(batch)

@@ -89,7 +89,7 @@ class DryRun:
         """Bytes that are stored of block 0."""
         streams = Streams(source.shell(), windows, len(windows), self.device)
         block = source.block(0, self.device)
-        ranges = streams.teach(block, source.layout, model.objective.targets)
+        ranges = streams.teach(block, source.layout, model.objective.targets, model.objective.attention)
         if not streams.finite():
             raise InputError(
                 f"{source.directory}: its first block gives numbers that are not finite; its weights are damaged, "

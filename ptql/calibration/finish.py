@@ -12,7 +12,7 @@ from ptql.calibration.block_task import BlockTask
 from ptql.calibration.ledger import BlockRecord
 from ptql.calibration.statistics import observe_inputs
 from ptql.families import BlockLayout
-from ptql.parts.objectives import Targets, total
+from ptql.parts.objectives import all_terms, total
 from ptql.parts.transforms import InputRange
 
 
@@ -64,9 +64,8 @@ def _candidate(task: BlockTask, streams: Streams, layout: BlockLayout, out: Tens
     stored = task.encode()
     losses, squares = [], []
     with observe_inputs(task.student, layout, streams.quantised.shape[1], streams.ranks) as observed:
-        for batch in streams.compared(task.student, task.decode(stored), out):
-            targets: Targets = {name: batch[name] for name in task.objective.targets}
-            losses.append(total(task.objective.terms(batch["output"], targets)))
+        for batch in streams.compared(task.student, task.decode(stored), out, task.probe):
+            losses.append(total(all_terms(task.objective, batch)))
             squares.append((batch["output"] - batch["fp"]).square().mean((1, 2)))
     after = observed()
     ranges = {f"after.{group[0]}": after[group[0]].absmax for group in layout.linears}

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ptql.calibration.bit_budget import BitBudget, BitPlan, plan_bits
 from ptql.calibration.data import CalibrationData
 from ptql.calibration.dry_run import DryRun
 from ptql.calibration.ledger import Ledger
@@ -24,6 +25,7 @@ from ptql.calibration.run_logger import RunLogger
 from ptql.checkpoint import Checkpoint
 from ptql.errors import InputError
 from ptql.formats.ptql import PackedFormat
+from ptql.kernels.available import power_of_two
 
 if TYPE_CHECKING:
     from ptql.calibration.trainer import BlockTrainer
@@ -43,6 +45,7 @@ class Plan:
         dropped: A line about samples that do not divide evenly, or None.
         budget: The memory that it may take.
         work_bytes: What work on a block takes of the GPU, as the dry run found; None without one.
+        bits: What a budget of bits leaves to choose; None without one.
     """
 
     source: Checkpoint
@@ -54,6 +57,7 @@ class Plan:
     dropped: str | None
     budget: Budget = Budget()  # noqa: RUF009
     work_bytes: int | None = None
+    bits: BitPlan | None = None
 
     def ledger(self, run: Path) -> Ledger:
         return Ledger(run, self.identity)
@@ -154,15 +158,17 @@ def check_strategy(strategy: Strategy) -> None:
         )
 
 
-def prepare(trainer: BlockTrainer, model: QuantLM, data: CalibrationData) -> Plan:
+def prepare(trainer: BlockTrainer, model: QuantLM, data: CalibrationData, bits: BitBudget | None = None) -> Plan:
     """Check all that was given, and try one block; the first process does what is needed once."""
     source = model.open()
+    to_choose = None if bits is None else plan_bits(model, source, bits)
     check_optimizer(model)
     check_directory(trainer.run_dir)
     check_loggers(trainer)
     data.check_length(source.context)
     dtype = model.engine.stream_dtype(trainer.strategy.root_device, trainer)
-    check_memory(trainer, data, source.config.hidden_size, dtype.itemsize, streams_at_a_time(model))
+    streams = streams_at_a_time(model, source, data.length)
+    check_memory(trainer, data, source.config.hidden_size, dtype.itemsize, streams)
     stored_as = model.packed_format(source, model.added_biases(source.block(0), source))
     windows = data.windows(source.directory, source.context, source.family.bos)
     processes = trainer.world_size
@@ -177,8 +183,10 @@ def prepare(trainer: BlockTrainer, model: QuantLM, data: CalibrationData) -> Pla
         dropped = f"{len(windows)} samples do not divide by {processes} processes: {rest}"
     check_accumulation(trainer, -(-used // processes // data.batch_size))
     identity = _identity(trainer, model, data, source, windows)
+    if bits is not None:
+        identity["bits"] = bits.identity()
     budget = data.budget(processes // trainer.num_nodes)
-    plan = Plan(source, stored_as, windows[:used], data.batch_size, identity, _seed(), dropped, budget)
+    plan = Plan(source, stored_as, windows[:used], data.batch_size, identity, _seed(), dropped, budget, bits=to_choose)
     if trainer.is_global_zero:
         if dropped is not None:
             print(f"ptql: {dropped}")
@@ -190,9 +198,21 @@ def prepare(trainer: BlockTrainer, model: QuantLM, data: CalibrationData) -> Pla
     return plan
 
 
-def streams_at_a_time(model: QuantLM) -> int:
-    """Streams of hidden states that exist at once: both, the second target, the quantised block's output."""
-    return 3 + ("fp_on_quantised" in model.objective.targets)
+def streams_at_a_time(model: QuantLM, source: Checkpoint, tokens: int) -> int:
+    """Streams of hidden states that exist at once, in windows of so many tokens: both, the second target, the quantised
+    block's output; and as many as take the room of attention probabilities, where these are a target."""
+    view, found = model.objective.attention, 3 + ("fp_on_quantised" in model.objective.targets)
+    if view is None:
+        return found
+    heads, rows, _ = view.shape(source.layout.attention.heads, tokens)
+    # a power of two, as pinned memory is
+    return found + power_of_two(-(-heads * rows // source.config.hidden_size))
+
+
+def probabilities_in_hand(model: QuantLM, source: Checkpoint, tokens: int) -> int:
+    """Attention probabilities that a pass computes, for each token of a window."""
+    view = model.objective.attention
+    return 0 if view is None else source.layout.attention.heads * view.rows_of(tokens)
 
 
 def _seed() -> int:

@@ -19,13 +19,14 @@ from ptql.engine.engine import Engine, EngineName
 from ptql.errors import InputError
 from ptql.formats.ptql import PackedFormat
 from ptql.formats.published import Published
+from ptql.nn.attention_probe import attach_probe
 from ptql.nn.student import biased_linears, keep_narrow, make_student, weights_of
 from ptql.parts import settings
 from ptql.parts.activations import ActivationQuantizer, DynamicTokens, TokenRounding
 from ptql.parts.objectives import Objective, Reconstruction
 from ptql.parts.transforms import AddedBiases, BlockFacts, InputRange, Transform
 from ptql.parts.weights import Affine, WeightQuantizer
-from ptql.recipe import ActivationScheme, IntScheme
+from ptql.recipe import ActivationScheme, IntScheme, LayerFormat, LayerSchemes, schemes_by_pattern
 
 
 def adamw(params: Iterable[Any]) -> torch.optim.Optimizer:
@@ -41,6 +42,8 @@ class QuantLM(LightningModule):
         method: What the recipe is called in results.
         weight: Number format of the matrices in the blocks.
         activation: Number format of the activations in the blocks.
+        layers: Bits of layers that differ, or their format, by pattern: {down_proj: 8}, {layers.0: {bits: 4}}. A
+            pattern is a part of a layer's name, whole words between dots; later ones win.
         transforms: Rewrite each block's weights, in order, before rounding.
         weight_quantizer: Rounds the matrices.
         activation_quantizer: Rounds activations.
@@ -61,6 +64,7 @@ class QuantLM(LightningModule):
         method: str = "custom",
         weight: IntScheme = IntScheme(),  # noqa: B008
         activation: ActivationScheme = ActivationScheme(),  # noqa: B008
+        layers: dict[str, LayerFormat] | None = None,
         transforms: list[Transform] | None = None,
         weight_quantizer: WeightQuantizer | None = None,
         activation_quantizer: ActivationQuantizer | None = None,
@@ -77,6 +81,9 @@ class QuantLM(LightningModule):
         self.method = method
         self.weight = weight
         self.activation = activation
+        self.layers = dict(layers or {})
+        self.layer_schemes = LayerSchemes(weight)
+        """Formats of all matrices; what `layers` says comes in when the source is opened."""
         self.transforms = [t for t in transforms or [] if t.applies(weight, activation)]
         self.weight_quantizer = weight_quantizer or Affine()
         self.activation_quantizer = activation_quantizer or DynamicTokens()
@@ -94,6 +101,12 @@ class QuantLM(LightningModule):
         source.check_blocks()
         if self.published is not None:
             self.published.check(source.num_blocks)
+        names = {
+            f"{source.family.blocks}.{index}.{name}": f"{index}.{name}"
+            for index in range(source.num_blocks)
+            for name in source.layout.names
+        }
+        self.layer_schemes = schemes_by_pattern(self.weight, self.layers, names)
         return source
 
     def identity(self) -> dict[str, Any]:
@@ -103,6 +116,7 @@ class QuantLM(LightningModule):
             "ptql": __version__,
             "weight": asdict(self.weight),
             "activation": asdict(self.activation),
+            "layers": self.layers,
             "transforms": [settings(t) for t in self.transforms],
             "weight_quantizer": settings(self.weight_quantizer),
             "activation_quantizer": settings(self.activation_quantizer),
@@ -129,9 +143,10 @@ class QuantLM(LightningModule):
                     "token dynamically, and nothing else can be stored; use DynamicTokens"
                 )
         rounds_qkv = self.activation_quantizer.for_attention(self.activation) is not None
+        schemes = self.layer_schemes
         return PackedFormat(
             method=self.method,
-            weight=self.weight,
+            weight=schemes.default,
             activation=self.activation,
             qkv=rounds_qkv,
             blocks=source.family.blocks,
@@ -139,7 +154,8 @@ class QuantLM(LightningModule):
             linears=source.layout.names,
             shifted_norms=tuple(sorted(added.norms)),
             added_biases=tuple(sorted(added.linears)),
-            factor_rank=self.weight_quantizer.factor_rank if self.weight.quantised else 0,
+            factor_rank=self.weight_quantizer.factor_rank if schemes.any_quantised else 0,
+            layers={name: scheme for name, scheme in schemes.exceptions.items() if scheme != schemes.default},
         )
 
     def student(self, block: nn.Module, source: Checkpoint, activation: ActivationScheme | None = None) -> nn.Module:
@@ -171,27 +187,34 @@ class QuantLM(LightningModule):
         """
         weights = weights_of(student)
         facts = BlockFacts(source.layout, weights, ranges, index, source.num_blocks)
+        schemes = {name: self.layer_schemes.of(index, name) for name in source.layout.names}
         quantizers = {
-            name: self.weight_quantizer.for_linear(name, weights[f"{name}.weight"], self.weight)
-            for name in source.layout.names
-            if self.weight.quantised
+            name: self.weight_quantizer.for_linear(name, weights[f"{name}.weight"], scheme)
+            for name, scheme in schemes.items()
+            if scheme.quantised
         }
+        compares = objective or self.objective
         task = BlockTask(
             student,
             context,
             [transform.for_block(facts) for transform in self.transforms],
             quantizers,
-            objective or self.objective,
+            compares,
             self.optimizer,
             source.dtype(),
             self.engine,
+            attach_probe(student, source.layout, compares.attention),
         )
+        device = next(student.parameters()).device
+        if self.engine.kernels(device):
+            keep_narrow(student)
+        task = task.to(device)
         if self.published is not None:
             self.published.into(task, index)
             task.begin_here()
-        if self.engine.kernels(next(student.parameters()).device):
-            keep_narrow(student)
-        return task.to(next(student.parameters()).device)
+        elif self.weight_quantizer.begins_on_weights:
+            task.begin_on_weights()
+        return task
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from ptql.calibration.activations import Streams
+from ptql.calibration.bit_budget import BitBudget
+from ptql.calibration.bit_choice import bits_found, with_chosen_bits
 from ptql.calibration.block_reader import BlockReader
 from ptql.calibration.block_task import BlockTask
 from ptql.calibration.breakdowns import told_in_one_line
@@ -30,6 +32,7 @@ from ptql.calibration.preparation import (
     check_nodes,
     check_strategy,
     prepare,
+    probabilities_in_hand,
     streams_at_a_time,
 )
 from ptql.calibration.quant_lm import QuantLM
@@ -97,14 +100,26 @@ class BlockTrainer(Trainer):
 
     # fit
 
-    def fit(self, model: QuantLM, datamodule: CalibrationData | None = None) -> None:
-        """Quantise a model block by block."""
+    def fit(
+        self,
+        model: QuantLM,
+        datamodule: CalibrationData | None = None,
+        bits_budget: float | None = None,
+        bits_choices: list[int] | None = None,
+    ) -> None:
+        """Quantise a model block by block.
+
+        Args:
+            bits_budget: Bits per weight, all that is stored counted: layers get widths that meet it and lose least.
+            bits_choices: Widths that they can get; 2, 3, 4, 5, 6 and 8 by default.
+        """
         assert datamodule is not None
+        budget = BitBudget.given(bits_budget, bits_choices, model.weight)
         self._precision_of_products(model)
         launcher = self.strategy.launcher
         try:
             with told_in_one_line(self, datamodule), StopSignals(self.is_global_zero) as self.signals:
-                plan = prepare(self, model, datamodule)
+                plan = prepare(self, model, datamodule, budget)
                 if self.dry_run_only:
                     return
                 if launcher is None:
@@ -128,6 +143,7 @@ class BlockTrainer(Trainer):
         self.ranks = Ranks(self.global_rank, self.world_size, self.strategy.root_device, host)
         self.num_blocks = plan.source.num_blocks
         finished = self._open_ledger(plan)
+        plan = with_chosen_bits(self, model, plan)
         self._notify("on_model_start", model)
         todo = [index for index in range(self.num_blocks) if index not in finished]
         streams = self._streams(model, plan) if todo else None
@@ -189,8 +205,9 @@ class BlockTrainer(Trainer):
             dtype=model.engine.stream_dtype(device, self),
             budget=plan.budget,
             folder=self.run_dir,
-            at_a_time=streams_at_a_time(model),
+            at_a_time=streams_at_a_time(model, plan.source, plan.windows.shape[1]),
             work_bytes=work_bytes or None,
+            probabilities=probabilities_in_hand(model, plan.source, plan.windows.shape[1]),
         )
 
     def _block(
@@ -203,7 +220,8 @@ class BlockTrainer(Trainer):
             torch.cuda.reset_peak_memory_stats(device)
         block = reader.block(self.block)
         reader.ahead(self.block + 1)
-        ranges = streams.teach(block, source.layout, () if found else model.objective.targets)
+        wanted = ((), None) if found else (model.objective.targets, model.objective.attention)
+        ranges = streams.teach(block, source.layout, *wanted)
         if not streams.finite():
             raise InputError(
                 f"{source.directory}: block {self.block} gives numbers that are not finite; its weights are damaged: "
@@ -291,7 +309,8 @@ class BlockTrainer(Trainer):
     def _write_results(self, model: QuantLM, plan: Plan, seconds: float) -> None:
         size = model_size(self.run_dir / MODEL, plan.source)
         fit = fit_metrics(self, model, plan, seconds)
-        merge_metrics(self.run_dir / METRICS, {**size, "fit": fit})
+        bits = {} if plan.bits is None else {"bits": bits_found(plan)}
+        merge_metrics(self.run_dir / METRICS, {**size, **bits, "fit": fit})
         write_report(self.run_dir)
         print(
             f"{self.run_dir / MODEL}: {size['bits_per_weight']:.3f} bits per quantised weight, "

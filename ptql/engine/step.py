@@ -13,9 +13,9 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Adam, AdamW, Optimizer
 
 from ptql.engine.weights import StepWeights
+from ptql.nn.attention_probe import made_by
 from ptql.nn.quant_linear import merged_products
-from ptql.nn.student import call_block
-from ptql.parts.objectives import Targets, total
+from ptql.parts.objectives import all_terms, total
 
 if TYPE_CHECKING:
     from ptql.calibration.block_task import BlockTask
@@ -221,10 +221,8 @@ class Step:
             learnable.grad = None
 
     def _forward(self, weights: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        output = call_block(self.task.student, batch["input"].float(), self.context, weights)
-        objective = self.task.objective
-        targets: Targets = {name: batch[name] for name in objective.targets}
-        terms = objective.terms(output, targets)
+        made = made_by(self.task.student, batch["input"].float(), self.context, weights, self.task.probe)
+        terms = all_terms(self.task.objective, {**batch, **made})
         return total(terms), terms
 
     def _in_float32(self) -> Any:

@@ -16,7 +16,7 @@ from ptql.engine.step import CaptureError, Step
 from ptql.evaluation.recorded_run import RecordedRun
 from ptql.nn.student import call_block, run_block
 from ptql.nn.transfer import batches_on
-from ptql.parts.objectives import Objective, Targets, total
+from ptql.parts.objectives import Objective, Targets, all_terms, total
 from ptql.parts.transforms import Weights
 from ptql.recipe import UNQUANTISED, ActivationScheme
 
@@ -31,7 +31,7 @@ class Lesson:
     """How a block learns again.
 
     Args:
-        objective: What its output is compared by.
+        objective: What its output is compared by; one that does not look at attention.
         epochs: Passes over what it learns on.
         batch_size: Windows of a step.
         lr: Of scales and shifts; None for the recipe's.
@@ -170,8 +170,7 @@ class Pupil:
         weights, losses = self.weights(), []
         for batch in self._batches(inputs, targets):
             output = call_block(self.task.student, batch["input"], self.context, weights)
-            wanted: Targets = {name: batch[name] for name in self.lesson.objective.targets}
-            losses.append(total(self.lesson.objective.terms(output, wanted)))
+            losses.append(total(all_terms(self.lesson.objective, {**batch, "output": output})))
         return torch.stack(losses).double().mean().item()
 
 

@@ -67,7 +67,10 @@ class RecordedRun:
         source = Checkpoint(resolve(source_of(directory)))
         if source.fingerprint() != identity.get("source"):
             raise InputError(f"{source.directory}: not the weights that {directory} was made from; restore them")
-        return cls(directory, model, source, Checkpoint(directory / MODEL), Ledger(directory, identity))
+        packed = Checkpoint(directory / MODEL)
+        if packed.packed is not None:
+            model.layer_schemes = packed.packed.schemes
+        return cls(directory, model, source, packed, Ledger(directory, identity))
 
     @cached_property
     def identity(self) -> dict[str, Any]:

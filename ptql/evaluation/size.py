@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from safetensors import safe_open
 
 from ptql.checkpoint import BITS, Checkpoint
+from ptql.formats.ptql import PackedFormat, prepare_block
+from ptql.nn.packed_linear import PackedLinear
 
 
 def model_size(model: Path, source: Checkpoint) -> dict[str, float | int]:
@@ -42,6 +46,42 @@ def model_size(model: Path, source: Checkpoint) -> dict[str, float | int]:
         "weights": weights,
         "parameters": parameters,
     }
+
+
+class LayerSize(NamedTuple):
+    """What a quantised linear layer takes.
+
+    Args:
+        bits: Of all that is stored for it: codes, scales, zero points, factors, bias.
+        weights: Of the source.
+    """
+
+    bits: int
+    weights: int
+
+
+def layer_sizes(source: Checkpoint, fmt: PackedFormat) -> dict[str, LayerSize]:
+    """What each quantised layer of a model that is packed like this will take, by `INDEX.LINEAR`.
+
+    Their bits over their weights are the `bits_per_weight` of `model_size`.
+    """
+    found, dense = {}, source.dtype()
+    for index in range(source.num_blocks):
+        block = source.empty_block(index)
+        weights = {name: block.get_parameter(f"{name}.weight").numel() for name in fmt.linears}
+        prepare_block(block, fmt, index)
+        for name, count in weights.items():
+            found[f"{index}.{name}"] = LayerSize(_bits_of(block.get_submodule(name), dense), count)
+    return found
+
+
+def _bits_of(layer: torch.nn.Module, dense: torch.dtype) -> int:
+    """Of its tensors as `BlockTask.encode` gives them: biases are float16 where the matrix is packed."""
+    floats = {"weight": dense, "bias": torch.float16 if isinstance(layer, PackedLinear) else torch.float32}
+    return sum(
+        tensor.numel() * 8 * (floats[name] if tensor.is_floating_point() else tensor.dtype).itemsize
+        for name, tensor in layer.state_dict().items()
+    )
 
 
 def _tensor_counts(file: Path) -> list[tuple[str, int]]:

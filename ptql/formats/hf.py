@@ -64,8 +64,8 @@ class PtqlQuantizer(HfQuantizer):
         fmt = self.quantization_config.format
         # Relative to the base model, so that `AutoModel`, which has no head around it, loads as well.
         blocks = model.base_model.get_submodule(fmt.blocks.removeprefix(model.base_model_prefix + "."))
-        for block in blocks.children():
-            prepare_block(block, fmt)
+        for index, block in enumerate(blocks.children()):
+            prepare_block(block, fmt, index)
         if (family := FAMILIES.get(model.config.model_type)) is not None:
             _keep_offset_norms(model, family.layout(model.config))
         if fmt.rounds_attention or _loses_caps(model):

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
 from ptql import __version__
 from ptql.errors import InputError
-from ptql.nn.attention import ROUNDING
+from ptql.nn.attention import CACHE_ROUNDING, QUERY_ROUNDING
 from ptql.nn.packed_linear import PackedLinear
 from ptql.nn.quant_linear import QuantLinear, ShiftedNorm
 from ptql.parts.activations.dynamic import TokenRounding
-from ptql.recipe import ActivationScheme, IntScheme
+from ptql.recipe import UNQUANTISED, ActivationScheme, IntScheme, LayerSchemes
 
 QUANT_METHOD = "ptql"
-VERSIONS = (1, 2)
-"""Of the format: 2 has factors, and is written only where there are some, so that older readers have the others."""
+VERSIONS = (1, 2, 3)
+"""Of the format: 2 has factors; 3 has layers of other formats, five levels, one bit, and the cache's bits apart. Each
+is written only where it is needed, so that older readers have the others."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,15 @@ class PackedFormat:
     Args:
         method: The recipe that made the model, for people.
         weight: Format of the weights in `linears`.
-        activation: Format of the inputs of `linears`, rounded dynamically per token.
-        qkv: Round queries, keys and values like the other activations.
+        activation: Format of the inputs of `linears`, rounded dynamically per token, and of keys and values.
+        qkv: Round queries like the other activations.
         blocks: Module name of the list of blocks in the causal language model.
         attention: Module name of the attention.
         linears: The linear layers that are packed.
         shifted_norms: Norms that were given a bias.
         added_biases: Linear layers that were given a bias.
         factor_rank: Rank of the factors that multiply the weights in `linears`; 0 for none.
+        layers: Formats of the weights of layers that differ from `weight`, by `INDEX.LINEAR`.
         ptql_version: The version that wrote the model.
     """
 
@@ -51,21 +53,45 @@ class PackedFormat:
     shifted_norms: tuple[str, ...] = ()
     added_biases: tuple[str, ...] = ()
     factor_rank: int = 0
+    layers: Mapping[str, IntScheme] = field(default_factory=dict)
     ptql_version: str = __version__
 
     @property
+    def query_bits(self) -> int:
+        """Width of queries."""
+        return self.activation.bits if self.qkv else UNQUANTISED
+
+    @property
+    def cache_bits(self) -> int:
+        """Width of keys and values; where it is said apart it does not hang on `qkv`."""
+        return self.activation.cache_bits if self.qkv or self.activation.kv_bits is not None else UNQUANTISED
+
+    @property
     def rounds_attention(self) -> bool:
-        """Whether queries, keys and values are rounded."""
-        return self.qkv and self.activation.quantised
+        """Whether queries, or keys and values, are rounded."""
+        return min(self.query_bits, self.cache_bits) < UNQUANTISED
+
+    @property
+    def version(self) -> int:
+        """The lowest that holds all that it says."""
+        kinds = (self.weight, *self.layers.values())
+        if self.layers or self.activation.kv_bits is not None or any(s.balanced or s.bits == 1 for s in kinds):
+            return 3
+        return 2 if self.factor_rank else 1
+
+    @property
+    def schemes(self) -> LayerSchemes:
+        """Formats of all weights."""
+        return LayerSchemes(self.weight, self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of `quantization_config`."""
-        described = {
+        described: dict[str, Any] = {
             "quant_method": QUANT_METHOD,
-            "format_version": 2 if self.factor_rank else 1,
+            "format_version": self.version,
             "ptql_version": self.ptql_version,
             "method": self.method,
-            "weight": asdict(self.weight),
+            "weight": _scheme_to_dict(self.weight),
             "activation": {"bits": self.activation.bits, "qkv": self.qkv},
             "blocks": self.blocks,
             "attention": self.attention,
@@ -73,7 +99,13 @@ class PackedFormat:
             "shifted_norms": list(self.shifted_norms),
             "added_biases": list(self.added_biases),
         }
-        return {**described, "factor_rank": self.factor_rank} if self.factor_rank else described
+        if self.activation.kv_bits is not None:
+            described["activation"]["kv_bits"] = self.activation.kv_bits
+        if self.layers:
+            described["layers"] = {name: _scheme_to_dict(scheme) for name, scheme in self.layers.items()}
+        if self.factor_rank:
+            described["factor_rank"] = self.factor_rank
+        return described
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> PackedFormat:
@@ -86,31 +118,32 @@ class PackedFormat:
         if version not in VERSIONS:
             writer = stored.get("ptql_version", "unknown")
             raise InputError(
-                f"format_version={version!r}: ptql {__version__} reads versions {' and '.join(map(str, VERSIONS))}; "
+                f"format_version={version!r}: ptql {__version__} reads versions {', '.join(map(str, VERSIONS))}; "
                 f"load the model with the ptql that wrote it ({writer}), or quantise it again"
             )
-        weight, activation = _take(stored, "weight", dict), _take(stored, "activation", dict)
+        activation = _take(stored, "activation", dict)
+        layers = _take(stored, "layers", dict) if "layers" in stored else {}
         return cls(
             method=_take(stored, "method", str),
-            weight=IntScheme(
-                bits=_take(weight, "bits", int),
-                group_size=_take(weight, "group_size", int),
-                symmetric=_take(weight, "symmetric", bool),
+            weight=_scheme(stored, "weight"),
+            activation=ActivationScheme(
+                bits=_take(activation, "bits", int),
+                kv_bits=_take(activation, "kv_bits", int) if "kv_bits" in activation else None,
             ),
-            activation=ActivationScheme(_take(activation, "bits", int)),
             qkv=_take(activation, "qkv", bool),
             blocks=_take(stored, "blocks", str),
             attention=_take(stored, "attention", str),
             linears=_names(stored, "linears"),
             shifted_norms=_names(stored, "shifted_norms"),
             added_biases=_names(stored, "added_biases"),
-            factor_rank=0 if version == 1 else _rank(stored),
+            factor_rank=_rank(stored) if version == 2 or "factor_rank" in stored else 0,
+            layers={name: _scheme(layers, name) for name in layers},
             ptql_version=_take(stored, "ptql_version", str),
         )
 
 
-def prepare_block(block: nn.Module, fmt: PackedFormat) -> None:
-    """Swap modules of one transformer block, in place, for those whose tensors a packed model stores.
+def prepare_block(block: nn.Module, fmt: PackedFormat, index: int) -> None:
+    """Swap modules of transformer block `index`, in place, for those whose tensors a packed model stores.
 
     New modules have the device (meta included) and the float dtype of those they replace; packed tensors are
     zero.
@@ -125,11 +158,12 @@ def prepare_block(block: nn.Module, fmt: PackedFormat) -> None:
             raise InputError(f"{name}: a {type(linear).__name__} is not a linear layer; {_REMEDY}")
         if name in fmt.added_biases and linear.bias is None:
             linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
-        if fmt.weight.quantised:
+        scheme = fmt.schemes.of(index, name)
+        if scheme.quantised:
             new: nn.Module = PackedLinear(
                 linear.in_features,
                 linear.out_features,
-                fmt.weight,
+                scheme,
                 bias=linear.bias is not None,
                 rounding=rounding,
                 device=linear.weight.device,
@@ -142,8 +176,9 @@ def prepare_block(block: nn.Module, fmt: PackedFormat) -> None:
     for name in fmt.shifted_norms:
         block.set_submodule(name, ShiftedNorm(_module(block, name)))
     attention = _module(block, fmt.attention)
-    if fmt.rounds_attention:
-        setattr(attention, ROUNDING, TokenRounding(fmt.activation.bits))
+    for which, bits in ((QUERY_ROUNDING, fmt.query_bits), (CACHE_ROUNDING, fmt.cache_bits)):
+        if bits < UNQUANTISED:
+            setattr(attention, which, TokenRounding(bits))
 
 
 def unpack_block(block: nn.Module) -> None:
@@ -170,6 +205,22 @@ def _take(stored: Mapping[str, Any], key: str, kind: type) -> Any:
     if type(stored[key]) is not kind:
         raise InputError(f"quantization_config: {key}={stored[key]!r} is not a {kind.__name__}; {_REMEDY}")
     return stored[key]
+
+
+def _scheme(stored: Mapping[str, Any], key: str) -> IntScheme:
+    """The format of weights under `key`."""
+    found = _take(stored, key, dict)
+    return IntScheme(
+        bits=_take(found, "bits", int),
+        group_size=_take(found, "group_size", int),
+        symmetric=_take(found, "symmetric", bool),
+        balanced="balanced" in found and _take(found, "balanced", bool),
+    )
+
+
+def _scheme_to_dict(scheme: IntScheme) -> dict[str, Any]:
+    """Its JSON; what only version 3 knows is there only if it says something."""
+    return {name: value for name, value in asdict(scheme).items() if name != "balanced" or value}
 
 
 def _rank(stored: Mapping[str, Any]) -> int:

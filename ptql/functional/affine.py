@@ -1,4 +1,4 @@
-"""Uniform affine quantisation: x ~ (code - zero) * scale, with code in 0 .. 2^bits - 1.
+"""Uniform affine quantisation: x ~ (code - zero) * scale, with code in 0 .. levels - 1; b bits have 2^b levels.
 
 Source: OmniQuant (ICLR 2024) section 3.2 and its quantiser class; LRQuant and ABQ-LLM use the same one.
 """
@@ -40,14 +40,14 @@ class _RoundClamp(torch.autograd.Function):
 
 
 def fake_quantize(
-    x: Float[Tensor, "*rows n"], scale: Float[Tensor, "*rows 1"], zero: Float[Tensor, "*rows 1"], bits: int
+    x: Float[Tensor, "*rows n"], scale: Float[Tensor, "*rows 1"], zero: Float[Tensor, "*rows 1"], levels: int
 ) -> Float[Tensor, "*rows n"]:
     """Round `x` to the grid of `scale` and `zero` and return the rounded values, not the codes.
 
     Straight-through gradient: rounding counts as the identity, so `x` gets the gradient where its code is not
     clamped, and `scale` gets d/dscale of (code - zero) * scale. `zero` gets none, as in the originals.
     """
-    return _RoundClamp.apply(x, scale, zero, 2**bits - 1)
+    return _RoundClamp.apply(x, scale, zero, levels - 1)
 
 
 class _DynamicTokens(torch.autograd.Function):
@@ -120,19 +120,29 @@ def weight_range(
     return low, high
 
 
+def symmetric_grid(levels: int) -> tuple[int, int]:
+    """The code that stands for zero, and the steps from there to each end of the range, without a zero point.
+
+    An even number of levels has one more below zero than above, which the range leaves out.
+    """
+    return levels // 2, (levels - 1) // 2
+
+
 def scale_and_zero(
-    low: Float[Tensor, "*rows 1"], high: Float[Tensor, "*rows 1"], bits: int, symmetric: bool
+    low: Float[Tensor, "*rows 1"], high: Float[Tensor, "*rows 1"], levels: int, symmetric: bool
 ) -> tuple[Float[Tensor, "*rows 1"], Float[Tensor, "*rows 1"]]:
     """Step size and zero point (a code) of the range `low` .. `high`, which holds zero.
 
-    Symmetric: the zero point is the middle code 2^(bits-1), so codes stand for -2^(bits-1) .. 2^(bits-1) - 1
-    and the step is max(|low|, |high|) / (2^(bits-1) - 1): the form that serving formats store.
+    Symmetric: the zero point is the middle code, so that b bits stand for -2^(b-1) .. 2^(b-1) - 1 and the step is
+    max(|low|, |high|) / (2^(b-1) - 1), the form that serving formats store; five levels stand for -2 .. 2 (ABQ-LLM's
+    bit balance).
     """
     if symmetric:
-        scale = torch.maximum(-low, high) / (2 ** (bits - 1) - 1)
+        middle, steps = symmetric_grid(levels)
+        scale = torch.maximum(-low, high) / steps
         scale = scale.clamp(SMALLEST_SCALE, LARGEST_SCALE)
-        return scale, torch.full_like(scale, 2 ** (bits - 1))
-    top = 2**bits - 1
+        return scale, torch.full_like(scale, middle)
+    top = levels - 1
     scale = ((high - low) / top).clamp(SMALLEST_SCALE, LARGEST_SCALE)
     return scale, zero_point(low, scale, top)
 
@@ -146,7 +156,7 @@ def encode(
     w: Float[Tensor, "out in"],
     low: Float[Tensor, "out g 1"],
     high: Float[Tensor, "out g 1"],
-    bits: int,
+    levels: int,
     columns: int,
     symmetric: bool,
 ) -> tuple[UInt8[Tensor, "out in"], Float[Tensor, "out g"], UInt8[Tensor, "out g"] | None]:
@@ -155,12 +165,12 @@ def encode(
     The scale is rounded to float16 first and everything else computed from the rounded one, so that what is
     stored is exactly what `dequantize` gives back.
     """
-    scale, zero = scale_and_zero(low, high, bits, symmetric)
+    scale, zero = scale_and_zero(low, high, levels, symmetric)
     stored = scale.half()
     scale = stored.to(w.dtype)
     if not symmetric:
-        zero = zero_point(low, scale, 2**bits - 1)
-    codes = (grouped(w, columns) / scale).round_().add_(zero).clamp_(0, 2**bits - 1)
+        zero = zero_point(low, scale, levels - 1)
+    codes = (grouped(w, columns) / scale).round_().add_(zero).clamp_(0, levels - 1)
     codes = ungrouped(codes, w.shape[1]).to(torch.uint8)
     return codes, stored.squeeze(-1), None if symmetric else zero.squeeze(-1).to(torch.uint8)
 
@@ -169,10 +179,10 @@ def dequantize(
     codes: UInt8[Tensor, "out in"],
     scale: Float[Tensor, "out g"],
     zero: UInt8[Tensor, "out g"] | None,
-    bits: int,
+    levels: int,
     columns: int,
 ) -> Float[Tensor, "out in"]:
     """The float32 weights that codes, scales and zero points stand for; `zero` None means the middle code."""
-    middle: Tensor | int = 2 ** (bits - 1) if zero is None else zero.unsqueeze(-1).float()
+    middle: Tensor | int = symmetric_grid(levels)[0] if zero is None else zero.unsqueeze(-1).float()
     groups = (grouped(codes, columns).float() - middle) * scale.float().unsqueeze(-1)
     return ungrouped(groups, codes.shape[1])

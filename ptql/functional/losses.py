@@ -35,3 +35,11 @@ def relative_squared_error(
     """
     error = (output.float() - target.float()).square().sum(-1)
     return (error / target.float().square().sum(-1).clamp_min(1e-12)).mean()
+
+
+def kl_divergence(
+    logits: Float[Tensor, "batch tokens vocabulary"], target: Float[Tensor, "batch tokens vocabulary"]
+) -> Float[Tensor, ""]:
+    """Mean over tokens of the Kullback-Leibler divergence of `logits` from `target`, as distributions, in nats."""
+    p, q = target.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean()

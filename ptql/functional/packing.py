@@ -2,9 +2,12 @@
 
 Each row is a stream of its own, little-endian: element i takes bits [i * bits, (i + 1) * bits), bit k of a
 row is bit k % 8 of byte k // 8, and the unused bits of the last byte are zero.
+
+Codes of five levels go in threes: c0 + 5 c1 + 25 c2 is an element of 7 bits, so a code takes 2.33 bits; a short last
+three is filled up with zeros.
 """
 
-# axes: rows = rows of the matrix; n = codes of a row; bytes = ceil(n * bits / 8)
+# axes: rows = rows of the matrix; n = codes of a row; bytes = ceil(n * bits / 8), or what `stored_bytes` says
 
 from __future__ import annotations
 
@@ -66,3 +69,41 @@ def unpack(stream: UInt8[Tensor, "rows bytes"], bits: int, n: int) -> UInt8[Tens
     for i in range(8):
         codes[..., i] = words >> (i * bits) & (2**bits - 1)
     return codes.flatten(1)[:, :n].contiguous()
+
+
+FIVE = 5
+IN_WORD, WORD_BITS = 3, 7  # 5^3 = 125 < 2^7
+
+
+def stored_bytes(n: int, levels: int) -> int:
+    """Bytes that a row of `n` codes below `levels` takes.
+
+    Raises:
+        ValueError: `levels` is neither a power of two from 2 to 256 nor 5.
+    """
+    return packed_bytes(-(-n // IN_WORD), WORD_BITS) if levels == FIVE else packed_bytes(n, _bits(levels))
+
+
+def pack_levels(codes: UInt8[Tensor, "rows n"], levels: int) -> UInt8[Tensor, "rows bytes"]:
+    """The stream of each row of `codes`, which are below `levels`; errors as `stored_bytes`."""
+    if levels != FIVE:
+        return pack(codes, _bits(levels))
+    assert codes.numel() == 0 or int(codes.max()) < FIVE, "a code is none of five levels"
+    c0, c1, c2 = F.pad(codes, (0, -codes.shape[1] % IN_WORD)).unflatten(1, (-1, IN_WORD)).unbind(2)
+    return pack(c0 + FIVE * c1 + FIVE**2 * c2, WORD_BITS)
+
+
+def unpack_levels(stream: UInt8[Tensor, "rows bytes"], levels: int, n: int) -> UInt8[Tensor, "rows n"]:
+    """The first `n` codes of each row of a stream written by `pack_levels`; errors as `unpack`."""
+    if levels != FIVE:
+        return unpack(stream, _bits(levels), n)
+    words = unpack(stream, WORD_BITS, -(-n // IN_WORD))
+    codes = torch.stack([words % FIVE, words // FIVE % FIVE, words // FIVE**2], 2)
+    return codes.flatten(1)[:, :n].contiguous()
+
+
+def _bits(levels: int) -> int:
+    bits = levels.bit_length() - 1
+    if levels != 2**bits or not 1 <= bits <= 8:
+        raise ValueError(f"levels={levels}: a stored code has 2^1 to 2^8 levels, or 5; use such a grid")
+    return bits

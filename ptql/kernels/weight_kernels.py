@@ -42,9 +42,9 @@ def _share(logits, at, mask, cuda: constexpr):
 
 
 @jit
-def _raw_scale(low, high, bits: constexpr, symmetric: constexpr, cuda: constexpr):
+def _raw_scale(low, high, levels: constexpr, symmetric: constexpr, cuda: constexpr):
     spread = tl.maximum(-low, high) if symmetric else high - low
-    steps = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
+    steps = (levels - 1) // 2 if symmetric else levels - 1
     # On the GPU torch divides by a number as it multiplies by the inverse.
     return spread * (1.0 / steps) if cuda else tl.math.div_rn(spread, 1.0 * steps)
 
@@ -59,7 +59,7 @@ def _code(w, scale, zero):
 @jit
 def round_groups(
     base, rows, columns, lower, upper, out, scales, zeros, height, width, group, groups,
-    bits: constexpr, symmetric: constexpr, cuda: constexpr,
+    levels: constexpr, symmetric: constexpr, cuda: constexpr,
     R: constexpr, G: constexpr, C: constexpr,
 ):  # fmt: skip
     across = tl.cdiv(groups, G)
@@ -77,11 +77,11 @@ def round_groups(
     low, high = tl.min(low, axis=2, keep_dims=True), tl.max(high, axis=2, keep_dims=True)
     if lower is not None:
         low, high = low * _share(lower, at, exists, cuda), high * _share(upper, at, exists, cuda)
-    scale = _between(_raw_scale(low, high, bits, symmetric, cuda), SMALLEST_SCALE, LARGEST_SCALE)
+    scale = _between(_raw_scale(low, high, levels, symmetric, cuda), SMALLEST_SCALE, LARGEST_SCALE)
     if symmetric:
-        zero = tl.full([R, G, 1], 2 ** (bits - 1), tl.float32)
+        zero = tl.full([R, G, 1], levels // 2, tl.float32)
     else:
-        zero = _between(_code(-low, scale, 0.0)[1], 0.0, 2.0**bits - 1)
+        zero = _between(_code(-low, scale, 0.0)[1], 0.0, levels - 1.0)
     tl.store(scales + at, scale, mask=exists)
     tl.store(zeros + at, zero, mask=exists)
     for start in range(0, group, C):
@@ -89,7 +89,7 @@ def round_groups(
         mask = exists & (start + lane < group) & (column < width)
         w = _weights(base, rows, columns, row, column, mask, height, width)
         _, code = _code(w, scale, zero)
-        rounded = (_between(code, 0.0, 2.0**bits - 1) - zero) * scale
+        rounded = (_between(code, 0.0, levels - 1.0) - zero) * scale
         tl.store(out + row.to(tl.int64) * width + column, rounded.to(out.dtype.element_ty), mask=mask)
 
 
@@ -97,7 +97,7 @@ def round_groups(
 def range_gradients(
     grad, base, rows, columns, lower, upper, scales, zeros, to_rows, to_lower, to_upper,
     to_low, to_high, at_low, at_high, height, width, group, groups,
-    bits: constexpr, symmetric: constexpr, cuda: constexpr, fold: constexpr,
+    levels: constexpr, symmetric: constexpr, cuda: constexpr, fold: constexpr,
     R: constexpr, G: constexpr, C: constexpr,
 ):  # fmt: skip
     """The scale's gradient, handed on to the logits, the rows' factors and the group's two extreme weights."""
@@ -119,8 +119,8 @@ def range_gradients(
         w = _weights(base, rows, columns, row, column, mask, height, width)
         g = tl.load(grad + row.to(tl.int64) * width + column, mask=mask, other=0.0).to(tl.float32)
         ratio, code = _code(w, scale, zero)
-        kept = (code >= 0) & (code <= 2**bits - 1)
-        by_scale += g * (_between(code, 0.0, 2.0**bits - 1) - zero - tl.where(kept, ratio, 0.0))
+        kept = (code >= 0) & (code <= levels - 1)
+        by_scale += g * (_between(code, 0.0, levels - 1.0) - zero - tl.where(kept, ratio, 0.0))
         if fold:
             # Zero is in the range anyway, so an extreme has a place only if it is at or beyond zero.
             first_low = tl.where(mask & ((w < low) | ((w == low) & (first_low == NOWHERE))), column, first_low)
@@ -134,15 +134,15 @@ def range_gradients(
     if lower is not None:
         share_low, share_high = _share(lower, at, exists, cuda), _share(upper, at, exists, cuda)
         clipped_low, clipped_high = lowest * share_low, highest * share_high
-    raw = _raw_scale(clipped_low, clipped_high, bits, symmetric, cuda)
+    raw = _raw_scale(clipped_low, clipped_high, levels, symmetric, cuda)
     to_raw = tl.sum(by_scale, axis=2, keep_dims=True)
     to_raw = tl.where((raw >= SMALLEST_SCALE) & (raw <= LARGEST_SCALE), to_raw, 0.0)
     if symmetric:  # the larger end sets the scale; equal ends share the gradient, as torch.maximum has it
         part = tl.where(-clipped_low > clipped_high, 1.0, tl.where(-clipped_low == clipped_high, 0.5, 0.0))
-        d_high = to_raw / (2 ** (bits - 1) - 1) * (1.0 - part)
-        d_low = -(to_raw / (2 ** (bits - 1) - 1)) * part
+        d_high = to_raw / ((levels - 1) // 2) * (1.0 - part)
+        d_low = -(to_raw / ((levels - 1) // 2)) * part
     else:
-        d_high = to_raw / (2**bits - 1)
+        d_high = to_raw / (levels - 1)
         d_low = -d_high
     if to_lower is not None:
         tl.store(to_lower + at, d_low * lowest * share_low * (1.0 - share_low), mask=exists)
@@ -170,7 +170,7 @@ def range_gradients(
 def column_gradients(
     grad, base, rows, columns, scales, zeros, to_low, to_high, at_low, at_high, partial,
     height, width, group, groups, stripe,
-    bits: constexpr, R: constexpr, G: constexpr, C: constexpr,
+    levels: constexpr, R: constexpr, G: constexpr, C: constexpr,
 ):  # fmt: skip
     """For a stripe of rows, the sum over its rows of what belongs to the columns' factors."""
     across = tl.cdiv(groups, G)
@@ -188,7 +188,7 @@ def column_gradients(
         w = _weights(base, rows, columns, row, column, mask, height, width)
         g = tl.load(grad + row.to(tl.int64) * width + column, mask=mask, other=0.0).to(tl.float32)
         _, code = _code(w, scale, zero)
-        g = tl.where((code >= 0) & (code <= 2**bits - 1), g, 0.0)
+        g = tl.where((code >= 0) & (code <= levels - 1), g, 0.0)
         is_low = column == tl.load(at_low + at, mask=exists, other=NOWHERE)
         is_high = column == tl.load(at_high + at, mask=exists, other=NOWHERE)
         g += tl.where(is_low, tl.load(to_low + at, mask=exists, other=0.0), 0.0)

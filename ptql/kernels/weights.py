@@ -31,7 +31,7 @@ def fold_and_round(
     lower: Float[Tensor, "out g"] | None,
     upper: Float[Tensor, "out g"] | None,
     *,
-    bits: int,
+    levels: int,
     group: int,
     symmetric: bool,
     dtype: torch.dtype,
@@ -45,7 +45,7 @@ def fold_and_round(
         columns: Factor of each column, learnable, or None.
         lower: Clipping logits below zero (see `affine.weight_range`), with `upper`, or both None.
         upper: Clipping logits above zero.
-        bits: Width of a code.
+        levels: Of the grid: 2^bits.
         group: Columns that share a scale; the last group of a row may be shorter.
         symmetric: Zero is the middle code.
         dtype: Of the result.
@@ -58,14 +58,14 @@ def fold_and_round(
         raise ValueError(f"out is {out.dtype} with strides {out.stride()}: it must be contiguous and of {dtype}")
     if not available.on_gpu(base):
         return fold_and_round_reference(
-            base, rows, columns, lower, upper, bits=bits, group=group, symmetric=symmetric, dtype=dtype, out=out
+            base, rows, columns, lower, upper, levels=levels, group=group, symmetric=symmetric, dtype=dtype, out=out
         )
     if not base.is_contiguous():
         raise ValueError(f"base has strides {base.stride()}: the kernel reads whole rows, give a contiguous weight")
     learnt = [None if t is None else t.float().contiguous() for t in (rows, columns, lower, upper)]
     # Detached, `out` is no view to autograd, which else would send the gradient through the whole buffer.
     result = torch.empty_like(base, dtype=dtype) if out is None else out.detach()
-    return _FoldAndRound.apply(base, *learnt, result, _Groups(group, bits, symmetric))
+    return _FoldAndRound.apply(base, *learnt, result, _Groups(group, levels, symmetric))
 
 
 def fold_and_round_reference(
@@ -75,7 +75,7 @@ def fold_and_round_reference(
     lower: Float[Tensor, "out g"] | None,
     upper: Float[Tensor, "out g"] | None,
     *,
-    bits: int,
+    levels: int,
     group: int,
     symmetric: bool,
     dtype: torch.dtype,
@@ -84,8 +84,8 @@ def fold_and_round_reference(
     """`fold_and_round` from the functions of `affine`; on any device, in float64 if `base` is."""
     w = Scaled(base, rows, columns).dense()
     groups = affine.grouped(w, group)
-    scale, zero = affine.scale_and_zero(*affine.weight_range(groups, lower, upper), bits, symmetric)
-    result = affine.ungrouped(affine.fake_quantize(groups, scale, zero, bits), w.shape[1]).to(dtype)
+    scale, zero = affine.scale_and_zero(*affine.weight_range(groups, lower, upper), levels, symmetric)
+    result = affine.ungrouped(affine.fake_quantize(groups, scale, zero, levels), w.shape[1]).to(dtype)
     return result if out is None else out.detach().copy_(result)
 
 
@@ -93,7 +93,7 @@ class _Groups(NamedTuple):
     """How a weight's columns are rounded."""
 
     group: int
-    bits: int
+    levels: int
     symmetric: bool
 
     def tile(self, width: int, elements: int) -> dict[str, int]:
@@ -124,7 +124,7 @@ class _FoldAndRound(torch.autograd.Function):
         with torch.cuda.device_of(base):
             weight_kernels.round_groups[grid](
                 base, rows, columns, lower, upper, out, scales, zeros, height, width, plan.group, groups,
-                bits=plan.bits, symmetric=plan.symmetric, cuda=base.is_cuda, **tile, enable_fp_fusion=False,
+                levels=plan.levels, symmetric=plan.symmetric, cuda=base.is_cuda, **tile, enable_fp_fusion=False,
             )  # fmt: skip
         ctx.save_for_backward(base, rows, columns, lower, upper, scales, zeros)
         ctx.plan = plan
@@ -152,7 +152,7 @@ class _FoldAndRound(torch.autograd.Function):
             weight_kernels.range_gradients[grid](
                 grad, base, rows, columns, lower, upper, scales, zeros, to_rows, to_lower, to_upper, *ends,
                 height, width, plan.group, groups,
-                bits=plan.bits, symmetric=plan.symmetric, cuda=base.is_cuda, fold=want_rows or want_columns,
+                levels=plan.levels, symmetric=plan.symmetric, cuda=base.is_cuda, fold=want_rows or want_columns,
                 **tile, enable_fp_fusion=False,
             )  # fmt: skip
             to_columns = _to_columns(grad, base, rows, columns, scales, zeros, ends, plan) if want_columns else None
@@ -180,6 +180,6 @@ def _to_columns(
     partial = base.new_empty((blocks(height, stripe), width), dtype=torch.float32)
     weight_kernels.column_gradients[(across, partial.shape[0])](
         grad, base, rows, columns, scales, zeros, *ends, partial, height, width, plan.group, groups, stripe,
-        bits=plan.bits, **tile, enable_fp_fusion=False,
+        levels=plan.levels, **tile, enable_fp_fusion=False,
     )  # fmt: skip
     return partial.sum(0)

@@ -11,8 +11,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 NAME = "ptql"
-ROUNDING = "qkv_rounding"
-"""The attribute of an attention module that holds what rounds its queries (after RoPE), keys and values."""
+QUERY_ROUNDING, CACHE_ROUNDING = "query_rounding", "cache_rounding"
+"""The attributes of an attention module that hold what rounds its queries, and its keys and values, after RoPE."""
+
+PROBE = "attention_probe"
+"""The attribute of an attention module that holds what looks at its probabilities (`ptql.nn.attention_probe`)."""
 
 FLASH = (torch.bfloat16, torch.float16)
 """Dtypes for which torch has flash attention."""
@@ -57,9 +60,17 @@ def rounded_attention(
     _refuse_unheard(others)
     if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
         raise NotImplementedError(f"sliding_window={sliding_window} without a mask on {key.shape[2]} keys")
-    rounding = getattr(module, ROUNDING, None)
-    if rounding is not None:
-        query, key, value = rounding(query), rounding(key), rounding(value)
+    if (rounding := getattr(module, QUERY_ROUNDING, None)) is not None:
+        query = rounding(query)
+    if (rounding := getattr(module, CACHE_ROUNDING, None)) is not None:
+        key, value = rounding(key), rounding(value)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    causal = attention_mask is None and query.shape[2] > 1 and bool(is_causal)
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., : key.shape[2]]
+    if (probe := getattr(module, PROBE, None)) is not None:
+        probe.look(query, key, attention_mask, causal, scaling, softcap)
     if torch.is_autocast_enabled(query.device.type):  # as SDPA's own arguments would be
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -67,11 +78,6 @@ def rounded_attention(
     grouped = query.is_cuda and query.dtype in FLASH and softcap is None and attention_mask is None
     if repeats > 1 and not grouped:  # `enable_gqa` falls back to the slow kernel in float32 on CUDA
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    causal = attention_mask is None and query.shape[2] > 1 and bool(is_causal)
-    if attention_mask is not None:
-        attention_mask = attention_mask[..., : key.shape[2]]
     if softcap is not None:
         mixed = softcapped_attention(query, key, value, attention_mask, dropout, causal, scaling, softcap)
     else:

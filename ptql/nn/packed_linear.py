@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ptql.functional import affine
 from ptql.functional.factored import factor
-from ptql.functional.packing import pack, packed_bytes, unpack
+from ptql.functional.packing import pack_levels, stored_bytes, unpack_levels
 from ptql.nn.quant_linear import QuantLinear, Rounding
 from ptql.recipe import IntScheme
 
@@ -25,14 +25,14 @@ def packed_tensors(
     codes: UInt8[Tensor, "out in"],
     scale: Float[Tensor, "out g"],
     zero: UInt8[Tensor, "out g"] | None,
-    bits: int,
+    levels: int,
     factors: tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]] | None = None,
 ) -> dict[str, Tensor]:
     """What is stored of one linear layer, from the result of `affine.encode` and the factors that multiply it, if
     there are any; keys as in `PackedLinear`."""
-    stored = {"codes": pack(codes, bits), "scale": _stored_half(scale)}
+    stored = {"codes": pack_levels(codes, levels), "scale": _stored_half(scale)}
     if zero is not None:
-        stored["zero"] = pack(zero, bits)
+        stored["zero"] = pack_levels(zero, levels)
     if factors is not None:
         stored |= {name: _stored_half(tensor) for name, tensor in zip(("left", "right"), factors, strict=True)}
     return stored
@@ -52,12 +52,12 @@ def dense_from_packed(
         ValueError: The tensors are too long or too short for `in_features` and `scheme`.
     """
     groups = scheme.groups(in_features)
-    zero = None if scheme.symmetric else unpack(tensors["zero"], scheme.bits, groups)
+    zero = None if scheme.symmetric else unpack_levels(tensors["zero"], scheme.levels, groups)
     rounded = affine.dequantize(
-        unpack(tensors["codes"], scheme.bits, in_features),
+        unpack_levels(tensors["codes"], scheme.levels, in_features),
         tensors["scale"].view(torch.float16),
         zero,
-        scheme.bits,
+        scheme.levels,
         scheme.columns(in_features),
     )
     if tensors.get("left") is None:
@@ -68,14 +68,14 @@ def dense_from_packed(
 class PackedLinear(nn.Module):
     """A linear layer on packed weights, which are unpacked at every call: small, not fast.
 
-    Buffers: `codes` uint8 [out, ceil(in * bits / 8)]; `scale` int16 [out, g], the bits of a float16; `zero`
-    uint8 [out, ceil(g * bits / 8)], None if symmetric; `left` int16 [out, k] and `right` int16 [k, in], the bits of
-    float16 factors, None without. They are zero until a checkpoint is loaded.
+    Buffers: `codes` uint8 [out, ceil(in * bits / 8)], or as five levels are packed; `scale` int16 [out, g], the bits of
+    a float16; `zero` uint8 [out, ceil(g * bits / 8)], likewise, None if symmetric; `left` int16 [out, k] and `right`
+    int16 [k, in], the bits of float16 factors, None without. They are zero until a checkpoint is loaded.
 
     Args:
         in_features: Columns of the weight.
         out_features: Rows of the weight.
-        scheme: Format of the weight, 2 to 8 bits.
+        scheme: Format of the weight, 1 to 8 bits.
         bias: Whether there is a bias, a float parameter.
         rounding: Applied to the input, or None.
         device: Of buffers and bias.
@@ -110,9 +110,9 @@ class PackedLinear(nn.Module):
         def zeros(columns: int, kind: torch.dtype, rows: int = out_features) -> Tensor:
             return torch.zeros(rows, columns, dtype=kind, device=device)
 
-        self.register_buffer("codes", zeros(packed_bytes(in_features, scheme.bits), torch.uint8))
+        self.register_buffer("codes", zeros(stored_bytes(in_features, scheme.levels), torch.uint8))
         self.register_buffer("scale", zeros(groups, STORED_HALF))
-        points = None if scheme.symmetric else zeros(packed_bytes(groups, scheme.bits), torch.uint8)
+        points = None if scheme.symmetric else zeros(stored_bytes(groups, scheme.levels), torch.uint8)
         self.register_buffer("zero", points)
         self.register_buffer("left", zeros(factor_rank, STORED_HALF) if factor_rank else None)
         self.register_buffer("right", zeros(in_features, STORED_HALF, factor_rank) if factor_rank else None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ptql.families import BlockLayout
-from ptql.nn.attention import ROUNDING
+from ptql.nn.attention import CACHE_ROUNDING, QUERY_ROUNDING
 from ptql.nn.quant_linear import MergedProduct, QuantLinear, Rounding, SharedRounding, ShiftedNorm
 from ptql.nn.transfer import Writer, batches_on
 from ptql.parts.activations import ActivationQuantizer
@@ -57,7 +57,9 @@ def make_student(
                 linear.merged = (product, index)
     for name in added.norms:
         block.set_submodule(name, ShiftedNorm(block.get_submodule(name)))
-    setattr(block.get_submodule(layout.attention.module), ROUNDING, fused(rounding.for_attention(scheme)))
+    attention = block.get_submodule(layout.attention.module)
+    setattr(attention, QUERY_ROUNDING, fused(rounding.for_attention(scheme)))
+    setattr(attention, CACHE_ROUNDING, fused(rounding.for_cache(scheme)))
     return block
 
 

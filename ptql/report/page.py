@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from ptql.report.bits import bits
 from ptql.report.cost import cost
 from ptql.report.html import Markup, join, tag
 from ptql.report.losses import losses
@@ -26,7 +27,7 @@ def page(run: RunFiles) -> Markup:
     """The page: one document without references to other files or hosts."""
     recipe = recipe_of(run)
     title = " ".join(part for part in (recipe.model, recipe.method, recipe.scheme) if part)
-    sections = (quality, losses, weight_error, outliers, size, cost, setup)
+    sections = (quality, losses, bits, weight_error, outliers, size, cost, setup)
     written = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     body = tag("main", head(run), box(run), [section(run) for section in sections])
     head_ = tag(

@@ -36,14 +36,20 @@ def recipe_of(run: RunFiles) -> Recipe:
     bits, group, act = real(weight.get("bits")), real(weight.get("group_size")), real(activation.get("bits"))
     if bits != bits:
         return Recipe(PurePath(source).name or "A model", str(method), "", "")
-    act = 16 if act != act else act
-    grouped = group > 0
-    scheme = f"w{bits:g}a{act:g}" + (f"g{group:g}" if grouped else "")
+    budget = real(section(run.identity, "bits").get("bits"))
+    mixed = budget == budget
+    bits = budget if mixed else bits
+    act, cache = (16 if act != act else act), real(activation.get("kv_bits"))
+    grouped, five = group > 0, weight.get("balanced") is True and not mixed
+    scheme = f"w{bits:g}{'b' if five else ''}a{act:g}"
+    scheme += (f"kv{cache:g}" if cache == cache else "") + (f"g{group:g}" if grouped else "")
     rows = f"groups of {group:g} columns" if grouped else "a scale per row"
     kind = ", symmetric" if weight.get("symmetric") is True else ""
-    words = f"{bits:g}-bit weights ({rows}{kind}), " + (
-        f"{act:g}-bit activations" if act < 16 else "activations as they are"
-    )
+    words = f"{'five-level' if five else f'{bits:g}-bit'} weights{' on average' if mixed else ''} ({rows}{kind}), "
+    words += f"{act:g}-bit activations" if act < 16 else "activations as they are"
+    words += f", {cache:g}-bit keys and values" if cache == cache else ""
+    if apart := section(run.identity, "recipe", "layers"):
+        words += f"; other formats for {', '.join(map(str, apart))}"
     return Recipe(PurePath(source).name or "A model", str(method), scheme, words)
 
 

@@ -30,7 +30,8 @@ def weight_error(run: RunFiles) -> Markup:
     if known:
         error, name, index = max(known)
         words += f"Largest: {name} of block {index}, {figure(error, 3)}."
-    return titled(HEADING, NAME, tag("p", words), tag("figure", shade.legend(), _map(run, names, cells, shade)))
+    drawn = heat_map(run, names, cells, shade, "Weight error")
+    return titled(HEADING, NAME, tag("p", words), tag("figure", shade.legend(), drawn))
 
 
 class Shade:
@@ -67,13 +68,25 @@ class Shade:
         return tag("p", figure(self.low, 2), " ", scale, " ", figure(self.high, 2), f"  ({kind})", class_="scale")
 
 
-def _map(run: RunFiles, names: list[str], cells: list[list[float]], shade: Shade) -> Markup:
+def heat_map(
+    run: RunFiles, names: list[str], cells: list[list[float]], shade: Shade, what: str, digits: int = 3
+) -> Markup:
+    """A cell for each layer and block, in the colour of its value.
+
+    Args:
+        run: Has the blocks.
+        names: Of the layers.
+        cells: A row for each name, a value for each block; nan where it is not known.
+        shade: Of values.
+        what: They are, for those who do not see it.
+        digits: Of a value.
+    """
     count, height = len(run.blocks), ROW * len(names)
     rows = []
     for place, (name, row) in enumerate(zip(names, cells, strict=True)):
         y = float(place * ROW)
         marks = [
-            _cell(value, f"{name}, block {block.index}: {figure(value, 3)}", column / count, 1 / count, y, shade)
+            _cell(value, f"{name}, block {block.index}: {figure(value, digits)}", column / count, 1 / count, y, shade)
             for column, (value, block) in enumerate(zip(row, run.blocks, strict=True))
         ]
         rows.append(join(tag("text", short(name, names), x=-8, y=y + ROW / 2, dy=".32em", class_="end"), marks))
@@ -82,7 +95,7 @@ def _map(run: RunFiles, names: list[str], cells: list[list[float]], shade: Shade
         for i in index_ticks(count)
     ]
     title = tag("text", "block", x="50%", y=height + 36, class_="mid name")
-    label = f"Weight error of {len(names)} layers in {count} blocks"
+    label = f"{what} of {len(names)} layers in {count} blocks"
     tight = " tight" if count > 40 else ""
     drawing = tag(
         "svg", rows, ticks, title, width="100%", height=height + 42, class_="heat" + tight, role="img", aria_label=label

@@ -183,7 +183,7 @@ def test_learning_pays(runs: Runs, scheme: str) -> None:
 def test_the_stored_configuration_runs_again(runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = runs("lrquant", "w4a4")
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["model"]["weight"] == {"bits": 4, "group_size": -1, "symmetric": False}
+    assert config["model"]["weight"] == {"bits": 4, "group_size": -1, "symmetric": False, "balanced": False}
     assert config["data"]["samples"] == SAMPLES
     assert config["trainer"]["max_epochs"] == EPOCHS
     before = files(run / "model")

@@ -187,6 +187,10 @@ def test_where_nobody_knows_the_calibration_no_domain_is_named(
         ({"weight_lr": float("nan")}, "lr=nan"),
         ({"compat": "rlq", "mode": "online"}, "compat=rlq with mode=online.*leave these out"),
         ({"compat": "rlq", "blocks": 2}, "compat=rlq with .*blocks=2.*leave these out"),
+        (
+            {"objective": "ptql.parts.objectives.DistributionCorrection"},
+            "objective=DistributionCorrection: it looks at attention.*take another objective",
+        ),
     ],
 )
 def test_wrong_settings(refused: Callable[..., str], settings: dict[str, Any], words: str) -> None:

@@ -28,8 +28,8 @@ from ptql.checkpoint import SINGLE
 from ptql.cli import main
 from ptql.engine.step import Step
 from ptql.errors import InputError
-from ptql.parts.objectives import Reconstruction, Targets
-from ptql.parts.transforms import Smooth
+from ptql.parts.objectives import DistributionCorrection, Reconstruction, Targets
+from ptql.parts.transforms import Compensate, Smooth
 from ptql.parts.weights import Affine
 from ptql.recipe import ActivationScheme, IntScheme
 from tests.models import llama_config, random_model, save
@@ -58,6 +58,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_quantizer": Affine(lr=1e-2, factor_rank=2),
         "objective": Reconstruction(targets=["fp", "fp_on_quantised"], balance="ema"),
     },
+    "w3a16, attention": {
+        "weight": IntScheme(3, -1),
+        "weight_quantizer": Affine(lr=1e-2),
+        "transforms": [Compensate(first=1, last=0)],
+        "objective": DistributionCorrection(akl_rows=5),
+    },
 }
 SIZES_COUNT = {
     "weight": IntScheme(3, -1),
@@ -65,7 +71,7 @@ SIZES_COUNT = {
     "optimizer": gentle,
 }
 """Not only the direction of a gradient is learned from."""
-CLOSE = {"w3a16": 1e-4, "w3a16, smoothed": 3e-2, "w4a4": 3e-2, "w3a16, balanced": 3e-2}
+CLOSE = {"w3a16": 1e-4, "w3a16, smoothed": 3e-2, "w4a4": 3e-2, "w3a16, balanced": 3e-2, "w3a16, attention": 3e-2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -330,6 +336,17 @@ def test_running_averages_go_on_where_they_were(
     assert (state["balance.averages"] > 0).all()
     fit(tmp_path / "run", engine=engine, model=RECIPES[name], logger=True, **options)
     assert_same_bytes(tmp_path / "run", made(engine, name, **options))
+
+
+@pytest.mark.parametrize("engine", ["plain", "eager"])
+def test_a_run_that_looks_at_attention_goes_on_where_it_was(fit: Fit, made: Made, engine: str, tmp_path: Path) -> None:
+    """In its second block: nothing is looked at in the first one then."""
+    name, run = "w3a16, attention", tmp_path / "run"
+    assert {"loss/akl"} <= logged(made(engine, name)).keys()
+    with pytest.raises(Stopped):
+        fit(run, StopAt(1, 1, 1), engine=engine, model=RECIPES[name], logger=True)
+    fit(run, engine=engine, model=RECIPES[name], logger=True)
+    assert_same_bytes(run, made(engine, name))
 
 
 def test_saving_between_epochs_changes_nothing_of_the_run(fit: Fit, made: Made, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ptql.engine import graph
 from ptql.engine.engine import Engine
 from ptql.engine.graph import GraphedStep, signature
 from ptql.engine.step import Step, StepSettings
-from ptql.parts.objectives import Reconstruction
+from ptql.parts.objectives import DistributionCorrection, Reconstruction
 from ptql.parts.transforms import Smooth
 from ptql.parts.weights import Affine
 from ptql.recipe import ActivationScheme, IntScheme
@@ -35,6 +35,7 @@ BALANCED: dict[str, Any] = {
     "weight_quantizer": Affine(factor_rank=2),
     "objective": Reconstruction(targets=["fp", "fp_on_quantised"], balance="ema"),
 }
+ATTENTION: dict[str, Any] = {**W3A4, "objective": DistributionCorrection(akl=10.0, akl_rows=5, balance="ema")}
 
 
 class Pretended:
@@ -81,7 +82,8 @@ class Blocks:
         for index in range(self.source.num_blocks):
             model = QuantLM(engine="eager", **self.recipe)
             block = self.source.block(index, self.device)
-            ranges = self.streams.teach(block, self.source.layout, model.objective.targets)
+            objective = model.objective
+            ranges = self.streams.teach(block, self.source.layout, objective.targets, objective.attention)
             yield model.block_task(index, model.student(block, self.source), self.source, ranges, self.streams.context)
             self.streams.advance(self.streams.quantised)
 
@@ -189,11 +191,49 @@ def test_graphs_carry_factors_and_running_averages(device: str, compiled: bool, 
         assert averages == pytest.approx(theirs, rel=0.1)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_graphs_look_at_attention_as_pieces_do(
+    family: str, half: torch.dtype | None, compiled: bool, device: str, tmp_path: Path
+) -> None:
+    """The first step of each block, before last bits become other codes; Llama's second block is adopted."""
+    if device == "cpu" and (compiled or half is not None):
+        pytest.skip("compiling takes long; a GPU shows it")
+    graphed: dict[Any, GraphedStep] = {}
+    blocks, others = (Blocks(tmp_path / name, family, device, recipe=ATTENTION) for name in "ab")
+    for task, other in zip(blocks, others, strict=True):
+        optimizer, settings = task.configure_optimizers(), StepSettings(half=half, compiled=compiled)
+        key = signature(task, optimizer, settings)
+        if key in graphed:
+            graphed[key].adopt(task, optimizer)
+        else:
+            graphed[key] = GraphedStep(task, optimizer, settings)
+        eager = Step(other, other.configure_optimizers(), StepSettings(half=half))
+        batch, same = blocks.batches()[0], others.batches()[0]
+        assert torch.equal(batch["attention"], same["attention"])
+        (loss, terms), (expected, theirs) = graphed[key].micro_batch(batch), eager.micro_batch(same)
+        rel = 1e-3 if half is None else 3e-2
+        assert loss.item() == pytest.approx(expected.item(), rel=rel)
+        assert terms.keys() == theirs.keys()
+        assert terms["akl"].item() == pytest.approx(theirs["akl"].item(), rel=rel)
+        assert terms["akl"] > 1e-2
+        graphed[key].finish()
+        eager.finish()
+        ours, gradient = graphed[key]._flat, eager._flat
+        assert (ours - gradient).norm() < (5e-2 if half is None else 0.5) * gradient.norm()
+        learn(graphed[key], blocks.batches(), epochs=1)
+        assert graphed[key].take_skipped() == 0
+        assert task.probe is not None
+        assert task.probe._seen is None
+    assert len(graphed) == (2 if family == "gemma2" else 1)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("recipe", ["usual", "balanced"])
-def test_a_step_does_not_wait_for_the_device(recipe: str, tmp_path: Path) -> None:
-    blocks = Blocks(tmp_path, "llama", "cuda", recipe=BALANCED if recipe == "balanced" else W3A4)
+@pytest.mark.parametrize("recipe", [W3A4, BALANCED, ATTENTION], ids=["usual", "balanced", "attention"])
+def test_a_step_does_not_wait_for_the_device(recipe: dict[str, Any], tmp_path: Path) -> None:
+    blocks = Blocks(tmp_path, "llama", "cuda", recipe=recipe)
     task = next(iter(blocks))
     step = GraphedStep(task, task.configure_optimizers(), StepSettings(half=torch.bfloat16))
     batches = blocks.batches()
@@ -318,6 +358,19 @@ def test_blocks_of_one_shape_have_one_signature_and_others_another(tmp_path: Pat
     task.balance = Reconstruction().balance_for_block()
     task.quantizers["mlp/down_proj"].scheme = IntScheme(4, 16)
     assert signature(task, task.configure_optimizers(), StepSettings()) != llama[0]
+
+
+def test_blocks_that_are_looked_at_otherwise_have_another_signature(tmp_path: Path) -> None:
+    def found(name: str, **settings: Any) -> Any:
+        recipe = {**W3A4, "objective": DistributionCorrection(**settings)}
+        task = next(iter(Blocks(tmp_path / name, "llama", "cpu", recipe=recipe)))
+        task.objective = Reconstruction()  # what is told apart is the probe
+        return signature(task, task.configure_optimizers(), StepSettings())
+
+    rows = found("a", akl_rows=5)
+    assert found("b", akl_rows=5) == rows
+    others = [found("c", akl_rows=6), found("d", akl_rows=5, akl_heads="mean"), found("e", akl=0.0)]
+    assert len({rows, *others}) == 4
 
 
 class Looks:

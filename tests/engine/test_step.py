@@ -14,8 +14,8 @@ from ptql.calibration.block_task import BlockTask
 from ptql.calibration.quant_lm import QuantLM
 from ptql.checkpoint import Checkpoint
 from ptql.engine.step import Step, StepSettings
-from ptql.parts.objectives import Reconstruction, total
-from ptql.parts.transforms import BlockFacts, Smooth, Transform, TransformState, Weights
+from ptql.parts.objectives import DistributionCorrection, Reconstruction, total
+from ptql.parts.transforms import BlockFacts, Compensate, Smooth, Transform, TransformState, Weights
 from ptql.parts.weights import Affine
 from ptql.recipe import ActivationScheme, IntScheme
 from tests.models import CONFIGS, random_model, save, some_ids
@@ -42,6 +42,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_quantizer": Affine(factor_rank=2),
         "objective": Reconstruction(targets=["fp", "fp_on_quantised"], balance="ema"),
     },
+    "attention": {
+        "weight": IntScheme(3, 16),
+        "activation": ActivationScheme(8),
+        "transforms": [Smooth(sites=["qkv", "out", "qkt", "fc1", "fc2"]), Compensate()],
+        "objective": DistributionCorrection(akl=10.0, akl_rows=5),
+    },
 }
 
 
@@ -53,7 +59,7 @@ def tasks(source: Path, recipe: dict[str, Any]) -> tuple[BlockTask, BlockTask, S
         model = QuantLM(engine=engine, **recipe)
         streams = Streams(checkpoint.shell(), some_ids(samples=6, tokens=12), 2, torch.device("cpu"))
         block = checkpoint.block(0)
-        ranges = streams.teach(block, checkpoint.layout, model.objective.targets)
+        ranges = streams.teach(block, checkpoint.layout, model.objective.targets, model.objective.attention)
         made.append(model.block_task(0, model.student(block, checkpoint), checkpoint, ranges, streams.context))
     return made[0], made[1], streams
 

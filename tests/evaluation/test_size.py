@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from ptql.calibration.ledger import BlockRecord, Ledger
 from ptql.calibration.quant_lm import QuantLM
 from ptql.checkpoint import SINGLE, Checkpoint
-from ptql.evaluation.size import model_size
+from ptql.evaluation.size import layer_sizes, model_size
 from ptql.formats.write import write_model
 from ptql.nn.student import weights_of
 from ptql.parts.transforms import AddedBiases
@@ -126,3 +126,15 @@ def test_a_tensor_more_is_a_tensor_more(tmp_path: Path) -> None:
     )
     more = (after["bits_per_weight_with_embeddings"] - before["bits_per_weight_with_embeddings"]) * after["parameters"]
     assert more == pytest.approx(640 + 24)
+
+
+@pytest.mark.parametrize("config", [llama_config(), opt_config()], ids=["llama", "opt"])
+@pytest.mark.parametrize("scheme", [IntScheme(2, 16), IntScheme(3, 7, True), IntScheme(2, 20, balanced=True)], ids=str)
+def test_sizes_of_layers_are_known_before_they_are_stored(
+    tmp_path: Path, config: PretrainedConfig, scheme: IntScheme
+) -> None:
+    """Runs with added biases, factors and layers of other formats are in tests/calibration/test_bit_budget.py."""
+    model, source = packed(tmp_path, config, scheme)
+    found, planned = model_size(model, source), layer_sizes(source, Checkpoint(model).packed).values()
+    assert sum(layer.weights for layer in planned) == found["weights"]
+    assert sum(layer.bits for layer in planned) / found["weights"] == found["bits_per_weight"]

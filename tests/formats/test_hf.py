@@ -395,8 +395,8 @@ def test_a_module_that_is_not_there_is_named() -> None:
         model = AutoModelForCausalLM.from_config(LLAMA)
     block = blocks_of(model)[0]
     with pytest.raises(InputError, match=r"mlp\.fc9: no such module in a LlamaDecoderLayer"):
-        prepare_block(block, replace(fmt, linears=("mlp.fc9",)))
+        prepare_block(block, replace(fmt, linears=("mlp.fc9",)), 0)
     with pytest.raises(InputError, match=r"input_layernorm: a LlamaRMSNorm is not a linear layer"):
-        prepare_block(block, replace(fmt, linears=("input_layernorm",)))
+        prepare_block(block, replace(fmt, linears=("input_layernorm",)), 0)
     with pytest.raises(InputError, match="attn: no such module"):
-        prepare_block(block, replace(fmt, linears=(), attention="attn"))
+        prepare_block(block, replace(fmt, linears=(), attention="attn"), 0)

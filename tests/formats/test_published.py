@@ -36,8 +36,8 @@ def positive(size: int) -> Tensor:
     return torch.rand(size) + 0.5
 
 
-def a_file(path: Path, family: str, config: Any, group: int = -1) -> dict[int, dict[str, Tensor]]:
-    """Random parameters of every block, under the originals' names and in their shapes."""
+def a_file(path: Path, family: str, config: Any, group: int = -1, fc2: bool = False) -> dict[int, dict[str, Tensor]]:
+    """Random parameters of every block, under the originals' names and in their shapes; `fc2` is ABQ-LLM's alone."""
     torch.manual_seed(5)
     hidden, blocks = config.hidden_size, {}
     for index in range(config.num_hidden_layers):
@@ -47,6 +47,8 @@ def a_file(path: Path, family: str, config: Any, group: int = -1) -> dict[int, d
             block[f"{name}_smooth_scale"] = positive(size)
             block[f"{name}_smooth_shift"] = torch.randn(size) if family == "opt" else torch.zeros(size)
         block["qkt_smooth_scale"] = positive(values)
+        if fc2:
+            block["fc2_smooth_scale"] = positive(config.intermediate_size)
         for linear in LINEARS[family]:
             rows, columns = shape_of(config, linear)
             groups = 1 if group == -1 else columns // group
@@ -68,7 +70,7 @@ def shape_of(config: Any, linear: str) -> tuple[int, int]:
     return rows.get(name, config.hidden_size), mlp if name in ("down_proj", "fc2") else config.hidden_size
 
 
-def rounded(w: Tensor, upper: Tensor, lower: Tensor, group: int) -> Tensor:
+def rounded(w: Tensor, upper: Tensor, lower: Tensor, group: int, levels: int = 2**BITS) -> Tensor:
     """One row and group after the other, in float64: the originals' clipping; ranges hold zero, scales are float16."""
     out = w.clone()
     groups = -(-w.shape[1] // group)
@@ -78,10 +80,10 @@ def rounded(w: Tensor, upper: Tensor, lower: Tensor, group: int) -> Tensor:
             k = row * groups + g
             high = max((torch.sigmoid(upper.double()[k, 0]) * w[row, part].max()).item(), 0.0)
             low = min((torch.sigmoid(lower.double()[k, 0]) * w[row, part].min()).item(), 0.0)
-            step = float(torch.tensor((high - low) / (2**BITS - 1)).half())
+            step = float(torch.tensor((high - low) / (levels - 1)).half())
             zero = round(-low / step)
             code = (w[row, part] / step).round() + zero
-            out[row, part] = (code.clamp(0, 2**BITS - 1) - zero) * step
+            out[row, part] = (code.clamp(0, levels - 1) - zero) * step
     return out
 
 
@@ -99,13 +101,16 @@ def llama_by_hand(state: dict[str, Tensor], block: dict[str, Tensor], prefix: st
     w["self_attn.o_proj"] *= b["out_smooth_scale"].view(-1, 1, head).repeat(1, repeats, 1).flatten()
     w["self_attn.q_proj"] /= b["qkt_smooth_scale"].view(-1, 1, head).repeat(1, repeats, 1).flatten()[:, None]
     w["self_attn.k_proj"] *= b["qkt_smooth_scale"][:, None]
+    if "fc2_smooth_scale" in b:
+        w["mlp.up_proj"] /= b["fc2_smooth_scale"][:, None]
+        w["mlp.down_proj"] *= b["fc2_smooth_scale"]
     return w
 
 
-def fitted(tmp_path: Path, config: Any, file: Path, *extra: str) -> Path:
+def fitted(tmp_path: Path, config: Any, file: Path, *extra: str, method: str = "omniquant") -> Path:
     source = save_source(tmp_path / "source", config)
     text = save_text(tmp_path / "words.txt")
-    command = ["fit", "-c", "methods/omniquant", "--model.source", str(source), "--data.text", str(text)]
+    command = ["fit", "-c", f"methods/{method}", "--model.source", str(source), "--data.text", str(text)]
     command += ["--data.length", "16", "--data.samples", "3", "--data.batch_size", "2", "--trainer.accelerator", "cpu"]
     command += ["--trainer.max_epochs", "0", "--trainer.logger", "false", "--trainer.default_root_dir"]
     command += [str(tmp_path / "RUN"), "--model.published", str(file), "--model.weight.bits", str(BITS), *extra]
@@ -113,6 +118,8 @@ def fitted(tmp_path: Path, config: Any, file: Path, *extra: str) -> Path:
     return tmp_path / "RUN"
 
 
+FAITHFUL_PARTS = "[{class_path: ptql.parts.transforms.Smooth, init_args: {faithful: true}}, "
+FAITHFUL_PARTS += "{class_path: ptql.parts.transforms.Compensate, init_args: {rank: 1}}]"
 FAITHFUL = ("--model.activation.bits", "8", "--model.transforms.faithful", "true")
 
 
@@ -134,6 +141,28 @@ def test_a_published_llama_comes_out_as_written_by_hand(tmp_path: Path, group: i
             got = found.get_parameter(f"{linear}.weight").double()
             differing = ((got - expected).abs() > 1e-3 * expected.abs().max()).double().mean()
             assert differing < 0.005  # a code on the border between two, in float32 and float64
+    assert json.loads((run / "metrics.json").read_text())["fit"]["fell_back"] == 0
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_abqs_file_has_one_site_more_and_its_two_bits_are_five_levels(tmp_path: Path, balanced: bool) -> None:
+    """Its compensation is in no file. Its five levels have a zero point: what it calls W2*, and never is 2 bits."""
+    from ptql.checkpoint import Checkpoint
+
+    config = llama_config()
+    blocks = a_file(tmp_path / "abq_parameters.pth", "llama", config, fc2=True)
+    weight = ("--model.weight", "{bits: 2, balanced: true}") if balanced else ()
+    options = (*weight, "--model.activation.bits", "8", "--model.transforms", FAITHFUL_PARTS)
+    run = fitted(tmp_path, config, tmp_path / "abq_parameters.pth", *options, method="abq")
+    packed, state = Checkpoint(run / "model"), state_of(tmp_path / "source")
+    for index, block in blocks.items():
+        found = packed.block(index)
+        for linear, w in llama_by_hand(state, block, f"model.layers.{index}", config).items():
+            clip = [block[f"{linear}.weight_quantizer.{bound}"] for bound in ("upbound_factor", "lowbound_factor")]
+            expected = rounded(w, *clip, group=w.shape[1], levels=5 if balanced else 2**BITS)
+            got = found.get_parameter(f"{linear}.weight").double()
+            differing = ((got - expected).abs() > 1e-3 * expected.abs().max()).double().mean()
+            assert differing < 0.005
     assert json.loads((run / "metrics.json").read_text())["fit"]["fell_back"] == 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptql.functional.losses import mean_squared_error, negative_log_cosine, relative_squared_error
+from ptql.functional.losses import kl_divergence, mean_squared_error, negative_log_cosine, relative_squared_error
 
 
 def loop_mse(x: Tensor, y: Tensor) -> float:
@@ -117,3 +117,18 @@ def test_a_zero_token_counts_as_a_right_angle() -> None:
     output, target = pair(6)
     output[1, 1] = 0
     assert negative_log_cosine(output, target).isfinite()
+
+
+def loop_kl(x: Tensor, y: Tensor) -> float:
+    nats = []
+    for a, b in zip(x.double().flatten(0, 1).tolist(), y.double().flatten(0, 1).tolist(), strict=True):
+        of_a, of_b = (sum(math.exp(v) for v in values) for values in (a, b))
+        nats.append(sum(math.exp(q) / of_b * (q - p + math.log(of_a / of_b)) for p, q in zip(a, b, strict=True)))
+    return sum(nats) / len(nats)
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0, 3.0])
+def test_kl_divergence_is_a_loop(noise: float) -> None:
+    output, target = pair(1, noise)
+    assert kl_divergence(output, target).item() == pytest.approx(loop_kl(output, target), rel=1e-4)
+    assert kl_divergence(target + 3, target).item() == pytest.approx(0, abs=1e-5)

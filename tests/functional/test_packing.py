@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptql.functional.packing import pack, packed_bytes, unpack
+from ptql.functional.packing import pack, pack_levels, packed_bytes, stored_bytes, unpack, unpack_levels
 
 
 def reference(row: list[int], bits: int) -> list[int]:
@@ -63,3 +63,47 @@ def test_a_stream_of_another_width_is_refused() -> None:
 def test_a_code_that_is_too_wide_is_our_own_bug() -> None:
     with pytest.raises(AssertionError, match="more than 2 bits"):
         pack(torch.tensor([[0, 4]], dtype=torch.uint8), 2)
+
+
+# Five levels
+
+
+def threes(row: list[int]) -> list[int]:
+    """The bytes of a row of five levels by the definition: numbers to base 5 of three digits, seven bits each."""
+    row = row + [0] * (-len(row) % 3)
+    return reference([sum(code * 5**i for i, code in enumerate(row[k : k + 3])) for k in range(0, len(row), 3)], 7)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 24, 27, 64, 81])
+def test_five_levels_are_packed_in_threes(n: int) -> None:
+    torch.manual_seed(n)
+    codes = torch.randint(0, 5, (4, n), dtype=torch.uint8)
+    codes[0] = 4
+    stream = pack_levels(codes, 5)
+    assert stream.tolist() == [threes(row) for row in codes.tolist()]
+    assert stream.shape == (4, stored_bytes(n, 5))
+    assert torch.equal(unpack_levels(stream, 5, n), codes)
+
+
+def test_five_levels_take_two_and_a_third_bits() -> None:
+    assert stored_bytes(27, 5) * 8 == 64  # 63, and one to the whole byte
+    assert stored_bytes(3 * 8 * 100, 5) * 8 == 7 / 3 * 3 * 8 * 100
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_powers_of_two_are_packed_as_ever(bits: int) -> None:
+    codes = some_codes(3, 21, bits)
+    assert torch.equal(pack_levels(codes, 2**bits), pack(codes, bits))
+    assert torch.equal(unpack_levels(pack(codes, bits), 2**bits, 21), codes)
+    assert stored_bytes(21, 2**bits) == packed_bytes(21, bits)
+
+
+@pytest.mark.parametrize("levels", [0, 1, 3, 6, 512])
+def test_other_grids_are_not_stored(levels: int) -> None:
+    with pytest.raises(ValueError, match=rf"levels={levels}: .*2\^1 to 2\^8 levels, or 5"):
+        stored_bytes(8, levels)
+
+
+def test_a_sixth_level_is_our_own_bug() -> None:
+    with pytest.raises(AssertionError, match="none of five levels"):
+        pack_levels(torch.tensor([[0, 5]], dtype=torch.uint8), 5)

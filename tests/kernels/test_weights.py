@@ -54,7 +54,7 @@ def assert_gradients(ours: tuple[Tensor, ...], theirs: list[Tensor]) -> None:
         torch.testing.assert_close(mine.cpu().double(), other, rtol=1e-5, atol=atol)
 
 
-def loop(base: Tensor, learnt: dict[str, Tensor | None], bits: int, group: int, symmetric: bool) -> list[list[float]]:
+def loop(base: Tensor, learnt: dict[str, Tensor | None], levels: int, group: int, symmetric: bool) -> list[list[float]]:
     """The definition, element by element, in Python's float64."""
     given = {name: None if t is None else t.tolist() for name, t in learnt.items()}
     result = []
@@ -71,33 +71,33 @@ def loop(base: Tensor, learnt: dict[str, Tensor | None], bits: int, group: int, 
                 low /= 1 + math.exp(-given["lower"][i][k // group])
                 high /= 1 + math.exp(-given["upper"][i][k // group])
             if symmetric:
-                scale, zero = max(-low, high) / (2 ** (bits - 1) - 1), 2 ** (bits - 1)
+                scale, zero = max(-low, high) / ((levels - 1) // 2), levels // 2
             else:
-                scale = (high - low) / (2**bits - 1)
-                zero = min(max(round(-low / scale), 0), 2**bits - 1)
-            rounded += [(min(max(round(v / scale) + zero, 0), 2**bits - 1) - zero) * scale for v in part]
+                scale = (high - low) / (levels - 1)
+                zero = min(max(round(-low / scale), 0), levels - 1)
+            rounded += [(min(max(round(v / scale) + zero, 0), levels - 1) - zero) * scale for v in part]
         result.append(rounded)
     return result
 
 
 @pytest.mark.parametrize("given", ["", "rclu"])
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_values_are_a_loop_over_elements(bits: int, symmetric: bool, given: str, device: str) -> None:
+@pytest.mark.parametrize("levels", [4, 5, 8, 16, 256])
+def test_values_are_a_loop_over_elements(levels: int, symmetric: bool, given: str, device: str) -> None:
     base, learnt = problem((4, 50, 16), given, device, torch.float32)
-    form = {"bits": bits, "group": 16, "symmetric": symmetric}
+    form = {"levels": levels, "group": 16, "symmetric": symmetric}
     out = fold_and_round(base, *learnt.values(), **form, dtype=torch.float32)
     expected = torch.tensor(loop(base, learnt, **form), dtype=torch.float64)
     torch.testing.assert_close(out.detach().cpu().double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("levels", [4, 5, 8, 16, 256])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_are_the_twins_in_float64(
-    shape: tuple[int, int, int], bits: int, symmetric: bool, device: str
+    shape: tuple[int, int, int], levels: int, symmetric: bool, device: str
 ) -> None:
-    form = {"bits": bits, "group": shape[2], "symmetric": symmetric}
+    form = {"levels": levels, "group": shape[2], "symmetric": symmetric}
     for given in ("rclu", "lu", "rc", "r", "c"):
         # In bfloat16 many weights lie right between two codes, and float64 chooses the other one.
         base, learnt = problem(shape, given, device, torch.float32)
@@ -115,8 +115,8 @@ def test_without_clipping_values_are_the_twins_to_the_bit(
     shape: tuple[int, int, int], symmetric: bool, device: str
 ) -> None:
     base, learnt = problem(shape, "rc", device)
-    for bits in (2, 3, 4, 8):
-        form = {"bits": bits, "group": shape[2], "symmetric": symmetric, "dtype": torch.float32}
+    for levels in (4, 5, 8, 16, 256):
+        form = {"levels": levels, "group": shape[2], "symmetric": symmetric, "dtype": torch.float32}
         ours = fold_and_round(base, *learnt.values(), **form)
         assert torch.equal(ours, fold_and_round_reference(base, *learnt.values(), **form))
 
@@ -124,10 +124,10 @@ def test_without_clipping_values_are_the_twins_to_the_bit(
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_of_bfloat16_weights_are_the_twins(shape: tuple[int, int, int], symmetric: bool, device: str) -> None:
-    for bits, given in ((2, "rc"), (3, "r"), (4, "c"), (8, "rc")):
+    for levels, given in ((4, "rc"), (5, "rc"), (8, "r"), (16, "c"), (256, "rc")):
         base, learnt = problem(shape, given, device)
         leaves = [t for t in learnt.values() if t is not None]
-        form = {"bits": bits, "group": shape[2], "symmetric": symmetric, "dtype": torch.float32}
+        form = {"levels": levels, "group": shape[2], "symmetric": symmetric, "dtype": torch.float32}
         grad = torch.randn(base.shape, device=device)
         ours = torch.autograd.grad(fold_and_round(base, *learnt.values(), **form), leaves, grad)
         theirs = torch.autograd.grad(fold_and_round_reference(base, *learnt.values(), **form), leaves, grad)
@@ -136,7 +136,7 @@ def test_gradients_of_bfloat16_weights_are_the_twins(shape: tuple[int, int, int]
 
 def test_clipped_codes_are_the_twins_but_for_a_few_ties(device: str) -> None:
     base, learnt = problem((64, 1024, 128), "rclu", device)
-    form = {"bits": 4, "group": 128, "symmetric": False, "dtype": torch.float32}
+    form = {"levels": 16, "group": 128, "symmetric": False, "dtype": torch.float32}
     ours = fold_and_round(base, *learnt.values(), **form)
     theirs = fold_and_round_reference(base, *learnt.values(), **form)
     assert (~torch.isclose(ours, theirs, rtol=1e-5, atol=1e-6)).sum() <= 3
@@ -146,7 +146,7 @@ def test_clipped_codes_are_the_twins_but_for_a_few_ties(device: str) -> None:
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtypes(stored: torch.dtype, dtype: torch.dtype, device: str) -> None:
     base, learnt = problem((6, 80, 32), "rclu", device, stored)
-    form = {"bits": 4, "group": 32, "symmetric": False}
+    form = {"levels": 16, "group": 32, "symmetric": False}
     out = fold_and_round(base, *learnt.values(), **form, dtype=dtype)
     wide = fold_and_round(base, *learnt.values(), **form, dtype=torch.float32)
     assert out.dtype == dtype
@@ -160,7 +160,7 @@ def test_dtypes(stored: torch.dtype, dtype: torch.dtype, device: str) -> None:
 
 def test_the_result_may_be_rows_of_a_larger_buffer(device: str) -> None:
     base, learnt = problem((4, 40, 16), "rclu", device)
-    form = {"bits": 3, "group": 16, "symmetric": False, "dtype": torch.bfloat16}
+    form = {"levels": 8, "group": 16, "symmetric": False, "dtype": torch.bfloat16}
     buffer = torch.full((10, 40), 7.0, dtype=torch.bfloat16, device=device)
     out = fold_and_round(base, *learnt.values(), **form, out=buffer[3:7])
     alone = fold_and_round(base, *learnt.values(), **form)
@@ -177,7 +177,7 @@ def test_the_result_may_be_rows_of_a_larger_buffer(device: str) -> None:
 
 def test_a_buffer_written_again_is_refused_by_the_backward_pass_that_needs_it(device: str) -> None:
     base, learnt = problem((4, 40, 16), "lu", device)
-    form = {"bits": 3, "group": 16, "symmetric": False, "dtype": torch.float32}
+    form = {"levels": 8, "group": 16, "symmetric": False, "dtype": torch.float32}
     buffer = torch.empty(4, 40, device=device)
     x = torch.randn(2, 40, device=device, requires_grad=True)
     y = x @ fold_and_round(base, *learnt.values(), **form, out=buffer).T
@@ -199,7 +199,7 @@ def test_a_buffer_written_again_is_refused_by_the_backward_pass_that_needs_it(de
 )
 def test_ends_zeros_and_bounds_of_the_scale(lines: list[list[float]], symmetric: bool, device: str) -> None:
     base = torch.tensor(lines, device=device)
-    for bits in (2, 4):
+    for levels in (4, 5, 16):
         for given in ("rclu", "rc"):
             _, learnt = problem((len(lines), 8, 8), given, device)
             with torch.no_grad():  # factors and shares by which float32 multiplies without error
@@ -208,7 +208,7 @@ def test_ends_zeros_and_bounds_of_the_scale(lines: list[list[float]], symmetric:
                         t.copy_(torch.where(t > 1, 2, 1) if name in ("rows", "columns") else torch.zeros_like(t))
                 learnt["columns"][4] = 0.0  # a weight at zero whose factor still has a gradient
             leaves = [t for t in learnt.values() if t is not None]
-            form = {"bits": bits, "group": 8, "symmetric": symmetric, "dtype": torch.float32}
+            form = {"levels": levels, "group": 8, "symmetric": symmetric, "dtype": torch.float32}
             out = fold_and_round(base, *learnt.values(), **form)
             twin = fold_and_round_reference(base, *learnt.values(), **form)
             assert torch.equal(out, twin)
@@ -225,7 +225,7 @@ def test_the_first_of_equal_extremes_has_the_ranges_gradient(symmetric: bool, de
     base = torch.rand(2, 2500, dtype=torch.float64) - 0.5
     columns = torch.ones(2500, dtype=torch.float64)
     grad = torch.randn(2, 2500)
-    form = {"bits": 4, "group": 2500, "symmetric": symmetric}
+    form = {"levels": 16, "group": 2500, "symmetric": symmetric}
     base[:, [7, 20, 7 + 1024, 7 + 2048]] = 1.0
     base[:, [9, 30, 9 + 1024, 9 + 2048]] = -1.5
     almost = base.clone()  # later extremes a hair less extreme: their codes are the same
@@ -238,7 +238,7 @@ def test_the_first_of_equal_extremes_has_the_ranges_gradient(symmetric: bool, de
 
 def test_only_what_is_learnt_gets_a_gradient(device: str) -> None:
     base, learnt = problem((4, 40, 16), "rclu", device)
-    form = {"bits": 3, "group": 16, "symmetric": False, "dtype": torch.float32}
+    form = {"levels": 8, "group": 16, "symmetric": False, "dtype": torch.float32}
     everything = torch.autograd.grad(fold_and_round(base, *learnt.values(), **form).sum(), list(learnt.values()))
     for k, name in enumerate(NAMES):
         some = {n: t if n == name else t.detach() for n, t in learnt.items()}
@@ -250,13 +250,13 @@ def test_a_number_that_is_none_is_not_hidden(device: str) -> None:
     base, learnt = problem((4, 40, 40), "c", device)
     with torch.no_grad():
         learnt["columns"][5] = torch.nan
-    out = fold_and_round(base, *learnt.values(), bits=4, group=40, symmetric=False, dtype=torch.float32)
+    out = fold_and_round(base, *learnt.values(), levels=16, group=40, symmetric=False, dtype=torch.float32)
     assert out[:, 5].isnan().all()
 
 
 def test_what_the_kernel_can_not_do_is_refused(device: str) -> None:
     base, learnt = problem((4, 40, 16), "lu", device)
-    form = {"bits": 3, "group": 16, "symmetric": False, "dtype": torch.float32}
+    form = {"levels": 8, "group": 16, "symmetric": False, "dtype": torch.float32}
     with pytest.raises(ValueError, match="both `lower` and `upper`"):
         fold_and_round(base, None, None, learnt["lower"], None, **form)
     with pytest.raises(ValueError, match="contiguous"):
@@ -269,7 +269,7 @@ def test_cpu_tensors_go_to_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # of the fixture that sends everything to the kernels
     base, learnt = problem((4, 40, 16), "rclu")
     buffer = torch.empty(4, 40)
-    form = {"bits": 3, "group": 16, "symmetric": False, "dtype": torch.float32}
+    form = {"levels": 8, "group": 16, "symmetric": False, "dtype": torch.float32}
     out = fold_and_round(base, *learnt.values(), **form, out=buffer)
     assert torch.equal(out, fold_and_round_reference(base, *learnt.values(), **form))
     assert torch.equal(out, buffer)
@@ -282,7 +282,7 @@ def test_the_twin_is_the_fake_quantised_weight() -> None:
     groups = affine.grouped(base, 16)
     scale, zero = affine.scale_and_zero(*affine.weight_range(groups), 4, False)
     expected = affine.ungrouped(affine.fake_quantize(groups, scale, zero, 4), 48)
-    out = fold_and_round_reference(base, *learnt.values(), bits=4, group=16, symmetric=False, dtype=torch.float32)
+    out = fold_and_round_reference(base, *learnt.values(), levels=16, group=16, symmetric=False, dtype=torch.float32)
     assert torch.equal(out, expected)
 
 
@@ -293,7 +293,7 @@ sys.modules["triton"] = None
 import torch
 from ptql.kernels import matvec, tokens, weight_kernels, weights
 weights.fold_and_round(
-    torch.ones(2, 4), None, None, None, None, bits=4, group=4, symmetric=False, dtype=torch.float32
+    torch.ones(2, 4), None, None, None, None, levels=16, group=4, symmetric=False, dtype=torch.float32
 )
 tokens.round_tokens(torch.ones(2, 4), 4, torch.float32)
 matvec.matvec(torch.ones(2, 4), torch.ones(4))
@@ -317,7 +317,7 @@ def test_a_captured_step_repeats_itself(shape: tuple[int, int, int]) -> None:
     leaves = list(learnt.values())
 
     def step() -> tuple[Tensor, ...]:
-        out = fold_and_round(base, *leaves, bits=4, group=shape[2], symmetric=False, dtype=torch.bfloat16)
+        out = fold_and_round(base, *leaves, levels=16, group=shape[2], symmetric=False, dtype=torch.bfloat16)
         return (out, *torch.autograd.grad(out, leaves, grad))
 
     side = torch.cuda.Stream()

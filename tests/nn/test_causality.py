@@ -13,7 +13,7 @@ from torch import Tensor
 from ptql.families import family_of
 from ptql.functional.affine import fake_quantize_tokens
 from ptql.nn import attention
-from ptql.nn.attention import ROUNDING, rounded_attention
+from ptql.nn.attention import CACHE_ROUNDING, QUERY_ROUNDING, rounded_attention
 from ptql.nn.student import biased_linears, call_block, make_student
 from ptql.parts.activations import DynamicTokens, TokenRounding
 from ptql.parts.transforms import Smooth
@@ -82,10 +82,12 @@ def test_a_token_is_seen_within_the_window_only(name: str, index: int) -> None:
 def test_queries_keys_and_values_are_rounded(name: str) -> None:
     student, hidden, context = student_of(name)
     module = student.get_submodule("self_attn")
-    assert getattr(module, ROUNDING) == TokenRounding(4)
     rounded = call_block(student, hidden, context)
-    setattr(module, ROUNDING, None)
-    assert (call_block(student, hidden, context) != rounded).any(-1).double().mean() > 0.5
+    for which in (QUERY_ROUNDING, CACHE_ROUNDING):
+        assert getattr(module, which) == TokenRounding(4)
+        setattr(module, which, None)
+        assert (call_block(student, hidden, context) != rounded).any(-1).double().mean() > 0.5
+        setattr(module, which, TokenRounding(4))
 
 
 # The attention function by itself
@@ -132,7 +134,7 @@ def qkv(heads: int, kv_heads: int, queries: int = 9, keys: int = 9, batch: int =
 def module(bits: int | None = None, causal: bool = True) -> Any:
     """What `rounded_attention` reads of an attention module."""
     settings: dict[str, Any] = {"is_causal": causal}
-    return SimpleNamespace(**settings, **({} if bits is None else {ROUNDING: TokenRounding(bits)}))
+    return SimpleNamespace(**settings, **dict.fromkeys((QUERY_ROUNDING, CACHE_ROUNDING), bits and TokenRounding(bits)))
 
 
 def attend(*args: Any, **kwargs: Any) -> Tensor:

@@ -18,13 +18,16 @@ SCHEMES = [
     IntScheme(4, 32, symmetric=False),  # 32 divides neither 48 nor 37
     IntScheme(5, 7, symmetric=False),
     IntScheme(8, 20, symmetric=True),
+    IntScheme(2, 16, symmetric=True, balanced=True),
+    IntScheme(2, 5, balanced=True),
+    IntScheme(1, 16),
 ]
 
 
 def encoded(w: Tensor, scheme: IntScheme) -> tuple[Tensor, Tensor, Tensor | None]:
     columns = scheme.columns(w.shape[1])
     low, high = affine.weight_range(affine.grouped(w, columns))
-    return affine.encode(w, low, high, scheme.bits, columns, scheme.symmetric)
+    return affine.encode(w, low, high, scheme.levels, columns, scheme.symmetric)
 
 
 def by_loops(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: IntScheme) -> Tensor:
@@ -33,7 +36,7 @@ def by_loops(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: IntSchem
     for i in range(codes.shape[0]):
         for j in range(codes.shape[1]):
             group = j // scheme.columns(codes.shape[1])
-            middle = 2 ** (scheme.bits - 1) if zero is None else int(zero[i, group])
+            middle = scheme.levels // 2 if zero is None else int(zero[i, group])
             weight[i, j] = (int(codes[i, j]) - middle) * float(scale[i, group])
     return weight
 
@@ -41,7 +44,7 @@ def by_loops(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: IntSchem
 def filled(w: Tensor, scheme: IntScheme, bias: Tensor | None, bits: int | None = None) -> PackedLinear:
     rounding = None if bits is None else TokenRounding(bits)
     layer = PackedLinear(w.shape[1], w.shape[0], scheme, bias is not None, rounding)
-    tensors = packed_tensors(*encoded(w, scheme), scheme.bits)
+    tensors = packed_tensors(*encoded(w, scheme), scheme.levels)
     layer.load_state_dict(tensors if bias is None else {**tensors, "bias": bias})
     return layer
 
@@ -52,7 +55,7 @@ def test_the_stored_tensors_give_back_what_was_encoded(scheme: IntScheme, column
     torch.manual_seed(0)
     w = torch.randn(6, columns)
     codes, scale, zero = encoded(w, scheme)
-    tensors = packed_tensors(codes, scale, zero, scheme.bits)
+    tensors = packed_tensors(codes, scale, zero, scheme.levels)
     expected = by_loops(codes, scale, zero, scheme)
     assert torch.equal(dense_from_packed(tensors, columns, scheme).double(), expected)
 
@@ -70,8 +73,8 @@ def test_factors_multiply_what_the_codes_stand_for(scheme: IntScheme, rank: int)
     torch.manual_seed(3)
     w, left, right = torch.randn(6, 37), torch.randn(6, rank), torch.randn(rank, 37)
     codes, scale, zero = encoded(w, scheme)
-    tensors = packed_tensors(codes, scale, zero, scheme.bits, (left, right))
-    without = packed_tensors(codes, scale, zero, scheme.bits)
+    tensors = packed_tensors(codes, scale, zero, scheme.levels, (left, right))
+    without = packed_tensors(codes, scale, zero, scheme.levels)
     assert all(torch.equal(tensors[name], tensor) for name, tensor in without.items())
     assert {name: (tensors[name].shape, tensors[name].dtype) for name in tensors.keys() - without.keys()} == {
         "left": ((6, rank), torch.int16),

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from ptql.calibration.activations import Streams
+from ptql.calibration.quant_lm import QuantLM
+from ptql.checkpoint import Checkpoint
 from ptql.errors import InputError
 from ptql.functional import affine
+from ptql.functional.clipping import best_share
 from ptql.functional.scaled import Scaled
 from ptql.kernels.weights import fold_and_round_reference
+from ptql.parts.transforms import Smooth
 from ptql.parts.weights import Affine, LinearQuantizer
 from ptql.recipe import IntScheme
+from tests.models import some_ids
+from tests.words import save_source
 
 SHAPES = [(576, 128, 5), (172, 32, 6), (48, -1, 1), (48, 16, 3), (20, 64, 1)]  # row, group size, groups
 
@@ -78,7 +87,7 @@ def test_what_is_stored_is_what_was_trained(bits: int, symmetric: bool, row: int
     columns = scheme.columns(row)
     with torch.no_grad():
         low, high = affine.weight_range(affine.grouped(w, columns), q.lower, q.upper)
-        scale, _ = affine.scale_and_zero(low, high, bits, symmetric)
+        scale, _ = affine.scale_and_zero(low, high, 2**bits, symmetric)
     step = affine.ungrouped(scale.expand(-1, -1, columns), row)
     difference = (fake - decoded).abs()
     assert (difference <= step * 1.13 + 1e-7).all()  # a code, and 255 codes times 2^-11
@@ -194,7 +203,7 @@ def test_what_is_written_for_a_step_has_the_gradients_of_float64(rank: int, dtyp
     assert buffer[[0, 1, 8, 9]].isnan().all()
 
     wide = {name: p.detach().double().requires_grad_() for name, p in named.items()}
-    form = {"bits": 3, "group": 16, "symmetric": False, "dtype": torch.float64}
+    form = {"levels": 8, "group": 16, "symmetric": False, "dtype": torch.float64}
     logits = (wide["lower"], wide["upper"])
     slow = fold_and_round_reference(base.double(), wide["rows"], wide["columns"], *logits, **form)
     slow = slow * (wide["left"] @ wide["right"]) if rank else slow
@@ -255,9 +264,9 @@ def test_a_learning_rate_is_above_zero(lr: float) -> None:
         Affine(lr=lr)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 9, 15, 17, -4, True])
+@pytest.mark.parametrize("bits", [0, 9, 15, 17, -4, True])
 def test_widths_that_no_code_has_are_refused(bits: int) -> None:
-    with pytest.raises(InputError, match=rf"bits={bits}: .*2 to 8 .*use 16"):
+    with pytest.raises(InputError, match=rf"bits={bits}: .*1 to 8 .*use 16"):
         IntScheme(bits)
 
 
@@ -265,3 +274,33 @@ def test_widths_that_no_code_has_are_refused(bits: int) -> None:
 def test_a_group_holds_a_column(group_size: int) -> None:
     with pytest.raises(InputError, match=rf"group_size={group_size}: .*use -1"):
         IntScheme(4, group_size)
+
+
+# Clipping that is searched for
+
+
+@pytest.mark.parametrize(("group_size", "left"), [(-1, 0.8), (16, 0.95)])
+def test_clipping_can_begin_where_rounding_loses_the_least(group_size: int, left: float) -> None:
+    w, scheme = some_weights(48) ** 3, IntScheme(2, group_size)
+    usual, searched = (Affine(initial=start).for_linear("any", w, scheme) for start in (4.0, "search"))
+    searched.begin_on(w)
+    error, least = ((q.decode(q.encode(w)) - w).square().sum().item() for q in (usual, searched))
+    assert least < left * error
+    shares = affine.grouped(w, scheme.columns(48))
+    torch.testing.assert_close(searched.lower.sigmoid(), best_share(shares, 4, False))  # type: ignore[union-attr]
+    assert torch.equal(searched.lower, searched.upper)  # type: ignore[arg-type]
+
+
+def test_it_begins_on_the_weights_as_they_are_folded(tmp_path: Path) -> None:
+    source = Checkpoint(save_source(tmp_path / "model"))
+    streams = Streams(source.shell(), some_ids(), 2, torch.device("cpu"))
+    model = QuantLM(weight=IntScheme(2), weight_quantizer=Affine(initial="search"), transforms=[Smooth(when="always")])
+    block = source.block(0)
+    ranges = streams.teach(block, source.layout, ("fp",))
+    task = model.block_task(0, model.student(block, source), source, ranges, streams.context)
+    weights = task.folded_weights()
+    for name in source.layout.names:
+        folded = weights[f"{name}.weight"]
+        expected = best_share(affine.grouped(folded, folded.shape[1]), 4, False).logit()
+        assert torch.equal(task.quantizer(name).upper, expected)  # type: ignore[union-attr]
+        assert torch.equal(task.initial[f"quantizers.{name.replace('.', '/')}.upper"], expected)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ptql.report import cost, losses, notices, outliers, quality, setup, size, summary, weight_error
+from ptql.report import bits, cost, losses, notices, outliers, quality, setup, size, summary, weight_error
 from ptql.report.run_files import read_run
 from tests.report.synthetic import NAMES, SITES, make_run
 
@@ -108,6 +108,35 @@ def test_the_heat_map_has_a_cell_for_every_layer_of_every_block(tmp_path):
     assert len(re.findall("<title>", made)) == 5 * 7
     assert made.count('class="none"') == 7
     assert ">q_proj</text>" in made
+
+
+def with_budget(path: Path) -> Any:
+    """A run whose layers have 2, 3 and 4 bits."""
+    layers = {f"{block}.{name}": str(2 + (block + place) % 3) for block in range(3) for place, name in enumerate(NAMES)}
+    layers["1.mlp.down_proj"] = "2b"
+    shares = {"2": 0.25, "2b": 0.05, "3": 0.4, "4": 0.3}
+    found = {"budget": 3.25, "reached": 3.2479, "share_of_weights": shares, "layers": layers}
+    run_with(path, {"bits": found}, blocks=3)
+    manifest = path / "ledger/manifest.json"
+    noted = json.loads(manifest.read_text())
+    noted["identity"]["bits"] = {"bits": 3.25, "choices": [2, 3, 4]}
+    manifest.write_text(json.dumps(noted))
+    return read_run(path)
+
+
+def test_the_bits_of_a_budget_have_a_map(tmp_path):
+    run = with_budget(tmp_path / "a")
+    made = bits.bits(run)
+    assert "a budget of 3.25 bits per weight; 3.248 are stored" in words(made)
+    assert "25 % at 2, 5 % at 2b, 40 % at 3, 30 % at 4" in words(made)
+    assert len(re.findall("<title>", made)) == 3 * 7
+    assert "mlp.down_proj, block 1: 2" in words(made)
+    assert "to 3.25-bit weights on average (a scale per row), 4-bit activations" in summary.verdict(run)
+
+
+def test_without_a_budget_there_is_no_map_of_bits(tmp_path):
+    assert bits.bits(run_with(tmp_path / "a")) == ""
+    assert bits.bits(run_with(tmp_path / "b", {"bits": {"layers": {}}})) == ""
 
 
 def test_shades_follow_the_logarithm_where_errors_are_far_apart():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 from ptql.nn.quant_linear import Rounding
 from ptql.recipe import ActivationScheme
@@ -20,7 +21,11 @@ class ActivationQuantizer(ABC):
 
     @abstractmethod
     def for_attention(self, scheme: ActivationScheme) -> Rounding | None:
-        """What rounds q, k and v, each [batch, heads, tokens, head size], or None."""
+        """What rounds queries, [batch, heads, tokens, head size], or None."""
+
+    def for_cache(self, scheme: ActivationScheme) -> Rounding | None:
+        """What rounds keys and values, which a cache holds; by default as queries, to their own bits."""
+        return self.for_attention(replace(scheme, bits=scheme.cache_bits))
 
     def fused(self, rounding: Rounding) -> Rounding:
         """The same rounding by GPU kernels where there are any; what is returned must round alike."""

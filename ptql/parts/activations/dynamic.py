@@ -11,7 +11,7 @@ from ptql.functional.affine import fake_quantize_tokens
 from ptql.kernels.tokens import round_tokens
 from ptql.nn.quant_linear import Rounding
 from ptql.parts.activations.base import ActivationQuantizer
-from ptql.recipe import ActivationScheme
+from ptql.recipe import UNQUANTISED, ActivationScheme
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DynamicTokens(ActivationQuantizer):
     the heads are split, so over all heads of a token; here every family rounds per token and head.
 
     Args:
-        qkv: Round queries, keys and values as well.
+        qkv: Round queries, keys and values as well; keys and values in any case where their bits are given apart.
     """
 
     def __init__(self, qkv: bool = True) -> None:
@@ -49,6 +49,10 @@ class DynamicTokens(ActivationQuantizer):
 
     def for_attention(self, scheme: ActivationScheme) -> Rounding | None:
         return TokenRounding(scheme.bits) if self.qkv and scheme.quantised else None
+
+    def for_cache(self, scheme: ActivationScheme) -> Rounding | None:
+        wanted = self.qkv or scheme.kv_bits is not None
+        return TokenRounding(scheme.cache_bits) if wanted and scheme.cache_bits < UNQUANTISED else None
 
     def fused(self, rounding: Rounding) -> Rounding:
         return replace(rounding, kernels=True) if isinstance(rounding, TokenRounding) else rounding

@@ -17,6 +17,22 @@ HEAVIEST = 1e6
 Balance = Literal["sum", "ema"]
 
 
+def check_weights(**weights: float) -> None:
+    """Raise `InputError` unless these weights of losses, by name, are usable and one of them counts."""
+    given = weights.values()
+    if not all(isinstance(w, (int, float)) and 0 <= w <= HEAVIEST for w in given) or sum(given) == 0:
+        named = ", ".join(f"{name}={weight}" for name, weight in weights.items())
+        raise InputError(
+            f"{named}: weights of losses are 0 or more, {HEAVIEST:g} at most, and one is above 0; take mse: 1"
+        )
+
+
+def check_balance(balance: str) -> None:
+    """Raise `InputError` unless there is such a balance."""
+    if balance not in get_args(Balance):
+        raise InputError(f"balance={balance!r}: one of {', '.join(get_args(Balance))} is needed; leave out for sum")
+
+
 class Reconstruction(Objective):
     """A weighted sum of losses, over one or two targets.
 
@@ -41,17 +57,11 @@ class Reconstruction(Objective):
         balance: Balance = "sum",
         faithful: bool = False,
     ) -> None:
-        weights = (mse, nlc, rse)
-        if not all(isinstance(w, (int, float)) and 0 <= w <= HEAVIEST for w in weights) or sum(weights) == 0:
-            raise InputError(
-                f"mse={mse}, nlc={nlc}, rse={rse}: weights of losses are 0 or more, {HEAVIEST:g} at most, and one is "
-                "above 0; take mse: 1"
-            )
+        check_weights(mse=mse, nlc=nlc, rse=rse)
         if isinstance(targets, str) or not targets or any(target not in get_args(Target) for target in targets):
             named = ", ".join(get_args(Target))
             raise InputError(f"targets={targets}: an objective has a list of targets, of {named}; take [fp]")
-        if balance not in get_args(Balance):
-            raise InputError(f"balance={balance!r}: one of {', '.join(get_args(Balance))} is needed; leave out for sum")
+        check_balance(balance)
         self.mse = mse
         self.nlc = nlc
         self.rse = rse
@@ -69,10 +79,13 @@ class Reconstruction(Objective):
     def balance_for_block(self) -> nn.Module:
         if self.balance == "sum":
             return PlainSum()
-        kinds = [[f"{name}_{target}" for target in self.targets] for name in self._weights()]
-        return RunningAverages(kinds, initial=1.0 if self.faithful else None)
+        return RunningAverages(self._kinds(), initial=1.0 if self.faithful else None)
+
+    def _kinds(self) -> list[list[str]]:
+        """The names of each kind's terms."""
+        return [[f"{name}_{target}" for target in self.targets] for name in self._weights()]
 
     def _weights(self) -> dict[str, float]:
-        """Of the losses that count, by name."""
+        """Of the output's losses that count, by name."""
         weights = {"mse": self.mse, "nlc": self.nlc, "rse": self.rse}
         return {name: weight for name, weight in weights.items() if weight}

@@ -16,6 +16,10 @@ class LinearQuantizer(nn.Module, ABC):
 
     lr: float
 
+    def begin_on(self, w: Tensor) -> None:
+        """Set what is learned by the weights [out, in], as transforms fold them when nothing is learned yet."""
+        return None
+
     @abstractmethod
     def fake(self, w: Tensor) -> Tensor:
         """Rounded weights [out, in], differentiable in `w` and in the learnables."""
@@ -36,6 +40,8 @@ class LinearQuantizer(nn.Module, ABC):
 class WeightQuantizer(ABC):
     """The settings of a weight quantiser, as in a recipe. Its settings are its constructor's arguments."""
 
+    begins_on_weights: bool = False
+    """Whether its quantisers want `begin_on`, which takes a folding of the block."""
     factor_rank: int = 0
     """Rank of the factors that are stored beside the codes, as `PackedLinear` has them; 0 for none."""
 

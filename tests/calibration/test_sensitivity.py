@@ -1,0 +1,141 @@
+"""What rounding a unit does, against transformers' own forward pass of the whole model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+from transformers import PreTrainedModel
+
+from ptql.calibration.memory_budget import Budget
+from ptql.calibration.ranks import Ranks
+from ptql.calibration.sensitivity import Unit, Walk
+from ptql.checkpoint import Checkpoint
+from ptql.errors import InputError
+from ptql.functional.clipping import round_clipped
+from ptql.recipe import IntScheme
+from tests.models import CONFIGS, block_calls, blocks_of, llama_config, random_model, save, some_ids
+
+ROOT = Path(__file__).parents[2]
+SCHEMES = (IntScheme(2), IntScheme(3, 20), IntScheme(4, 16, True))
+REFERENCE = 1
+IDS = some_ids(4, 12)
+
+
+def units_of(source: Checkpoint) -> list[Unit]:
+    return [Unit(index, group) for index in range(source.num_blocks) for group in source.layout.linears]
+
+
+def walked(
+    directory: Path, run: Path, known: tuple[int, ...] = (), ids: Tensor = IDS, ranks: Ranks | None = None
+) -> tuple[list[list[float]], list[float]]:
+    """Errors of the units of blocks that are not known, and divergences of all units."""
+    source, device = Checkpoint(directory), torch.device("cpu")
+    walk = Walk(source, units_of(source), SCHEMES, REFERENCE, ids, device, ranks or Ranks(), Budget(), run)
+    errors = []
+    for index in range(source.num_blocks):
+        errors += walk.block(index, source.block(index), index in known)
+    return errors, walk.divergences()
+
+
+def shares_of(model: PreTrainedModel, unit: Unit) -> Tensor:
+    """The mean over tokens of each input channel's part of the token's square."""
+    caught: list[Tensor] = []
+    linear = blocks_of(model)[unit.block].get_submodule(unit.linears[0])
+    handle = linear.register_forward_pre_hook(lambda _, args: caught.append(args[0].detach()))
+    model(IDS, use_cache=False)
+    handle.remove()
+    tokens = caught[0].flatten(0, -2).double()
+    return torch.stack([t.square() / t.square().sum() for t in tokens]).mean(0)
+
+
+def with_rounded(model: PreTrainedModel, unit: Unit, scheme: IntScheme) -> PreTrainedModel:
+    changed, shares = copy.deepcopy(model), shares_of(model, unit).float()
+    for name in unit.linears:
+        linear = blocks_of(changed)[unit.block].get_submodule(name)
+        columns = scheme.columns(linear.in_features)  # type: ignore[arg-type]
+        rounded = round_clipped(linear.weight.data, shares, scheme.levels, columns, scheme.symmetric)  # type: ignore
+        linear.weight.data = rounded
+    return changed
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma2", "phi3"])
+def test_errors_and_divergences_are_those_of_the_whole_model(tmp_path: Path, name: str) -> None:
+    model = random_model(CONFIGS[name])
+    directory = save(model, tmp_path / "model")
+    errors, divergences = walked(directory, tmp_path)
+    units = units_of(Checkpoint(directory))
+    assert len(errors) == len(divergences) == len(units)
+    outputs = [call[2] for call in block_calls(model, IDS)]
+    expected = model(IDS).logits.log_softmax(-1)
+    for unit, of_unit, divergence in zip(units, errors, divergences, strict=True):
+        for place, scheme in enumerate(SCHEMES):
+            rounded = with_rounded(model, unit, scheme)
+            output, target = block_calls(rounded, IDS)[unit.block][2].double(), outputs[unit.block].double()
+            ratio = (output - target).square().sum(-1) / target.square().sum(-1)
+            assert of_unit[place] == pytest.approx(ratio.mean().item(), rel=1e-3)
+            if place == REFERENCE:
+                said = rounded(IDS).logits.log_softmax(-1)
+                nats = kl_div(said, expected, log_target=True, reduction="sum").item() / IDS.numel()
+                assert divergence == pytest.approx(nats, rel=1e-2)
+
+
+def test_blocks_whose_errors_are_known_are_passed_and_change_nothing(tmp_path: Path) -> None:
+    directory = save(random_model(llama_config(num_hidden_layers=3)), tmp_path / "model")
+    errors, divergences = walked(directory, tmp_path)
+    assert walked(directory, tmp_path, known=(0, 2)) == (errors[4:8], divergences)
+
+
+def test_streams_on_the_disk_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = save(random_model(llama_config()), tmp_path / "model")
+    before = walked(directory, tmp_path)
+    monkeypatch.setattr(Budget, "place", lambda *_: "disk")
+    assert walked(directory, tmp_path) == before
+    assert not list(tmp_path.glob(".stream*"))
+
+
+def test_a_damaged_block_is_an_input_error(tmp_path: Path) -> None:
+    model = random_model(llama_config())
+    blocks_of(model)[1].get_submodule("mlp.up_proj").weight.data[0, 0] = torch.nan  # type: ignore[index]
+    with pytest.raises(InputError, match=r"block 1 gives numbers that are not finite; .*fetch the model again"):
+        walked(save(model, tmp_path / "model"), tmp_path)
+
+
+TWO = """
+import json, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from ptql.calibration.ranks import Ranks
+from tests.calibration.test_sensitivity import IDS, walked
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[2]}", rank=rank, world_size=2)
+ranks = Ranks(rank, 2)
+print(json.dumps(walked(folder / "model", folder, ids=ranks.share(IDS), ranks=ranks)))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_find_the_same_and_what_one_finds(tmp_path: Path) -> None:
+    errors, divergences = walked(save(random_model(llama_config()), tmp_path / "model"), tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    commands = [[sys.executable, "-c", TWO, str(rank), port, str(tmp_path)] for rank in range(2)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for command in commands]
+    said = [json.loads(process.communicate(timeout=120)[0]) for process in both]
+    assert said[0] == said[1]
+    assert said[0][1] == pytest.approx(divergences, rel=1e-3)
+    for mine, alone in zip(said[0][0], errors, strict=True):
+        assert mine == pytest.approx(alone, rel=1e-3)

@@ -1,0 +1,79 @@
+"""Number formats: what is refused, and which layer has which."""
+
+from __future__ import annotations
+
+import pytest
+
+from ptql.errors import InputError
+from ptql.recipe import ActivationScheme, IntScheme, LayerFormat, schemes_by_pattern
+
+LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+NAMES = {f"model.layers.{index}.{name}": f"{index}.{name}" for index in range(12) for name in LINEARS}
+DEFAULT = IntScheme(3, 64)
+
+
+def chosen(patterns: dict[str, LayerFormat]) -> dict[str, IntScheme]:
+    return dict(schemes_by_pattern(DEFAULT, patterns, NAMES).exceptions)
+
+
+def test_a_pattern_is_whole_words_of_a_name() -> None:
+    eight = IntScheme(8, 64)
+    assert chosen({"down_proj": 8}) == {f"{index}.mlp.down_proj": eight for index in range(12)}
+    assert chosen({"layers.1": 8}) == {f"1.{name}": eight for name in LINEARS}  # and not 10 and 11
+    assert chosen({"layers.1*": 8}) == {f"{index}.{name}": eight for index in (1, 10, 11) for name in LINEARS}
+    assert chosen({"layers.*.self_attn": 8}).keys() == {k for k in NAMES.values() if "self_attn" in k}
+    assert chosen({"model.layers.3.mlp.down_proj": 8}) == {"3.mlp.down_proj": eight}
+
+
+def test_a_later_pattern_wins_and_what_it_says_is_all_that_differs() -> None:
+    found = chosen({"layers.0": {"bits": 4, "group_size": -1}, "down_proj": {"symmetric": True}, "layers.2": 3})
+    assert found["0.self_attn.q_proj"] == IntScheme(4, -1)
+    assert found["0.mlp.down_proj"] == IntScheme(3, 64, symmetric=True)  # of the default, not of the pattern before
+    assert found["2.self_attn.q_proj"] == DEFAULT  # it is named, so that no budget changes it
+
+
+def test_bits_alone_are_plain_bits() -> None:
+    default = IntScheme(2, symmetric=True, balanced=True)
+    schemes = schemes_by_pattern(default, {"down_proj": 4, "o_proj": 2}, NAMES)
+    assert schemes.of(0, "mlp.down_proj") == IntScheme(4, symmetric=True)
+    assert schemes.of(0, "self_attn.o_proj") == IntScheme(2, symmetric=True)
+    assert schemes.of(0, "self_attn.q_proj") == default
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ({"down": 8}, "layers: down: names no layer .*model.layers.0.self_attn.q_proj"),
+        ({"down_proj": 9}, "bits=9: .*1 to 8"),
+        ({"down_proj": {"width": 4}}, "layers: down_proj: width is no setting"),
+        ({"down_proj": {"balanced": True}}, "balanced=true with bits=3: .*use bits: 2"),
+    ],
+)
+def test_what_names_nothing_or_is_no_format_is_refused(patterns: dict[str, LayerFormat], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        chosen(patterns)
+
+
+def test_one_bit_needs_a_zero_point() -> None:
+    assert IntScheme(1).levels == 2
+    with pytest.raises(InputError, match="bits=1, symmetric=true"):
+        IntScheme(1, symmetric=True)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name", "levels", "code_bits"),
+    [(IntScheme(1), "1", 2, 1), (IntScheme(3), "3", 8, 3), (IntScheme(2, balanced=True), "2b", 5, 7 / 3)],
+    ids=["1", "3", "2b"],
+)
+def test_five_levels_are_two_bits_in_name_only(scheme: IntScheme, name: str, levels: int, code_bits: float) -> None:
+    assert (scheme.name, scheme.levels, scheme.code_bits) == (name, levels, code_bits)
+
+
+def test_the_caches_bits_are_those_of_activations_unless_they_are_given() -> None:
+    assert ActivationScheme(4).cache_bits == 4
+    assert ActivationScheme(16, kv_bits=4).cache_bits == 4
+    assert ActivationScheme(4, kv_bits=16).cache_bits == 16
+    assert not ActivationScheme(16, kv_bits=4).quantised
+    for bits in (1, 9, 0):
+        with pytest.raises(InputError, match=f"kv_bits: .*bits={bits}: .*2 to 8"):
+            ActivationScheme(4, kv_bits=bits)
