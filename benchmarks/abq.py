@@ -90,8 +90,10 @@ def job(
     options: tuple[str, ...] = (),
     **more: Any,
 ) -> Job:
-    """A row on the first text; its run is called by the label if it has options of its own."""
-    name = re.sub(r"\W+", "_", label) if options else ""
+    """A row on the first text; its run is called by the label if it has options of its own, of which a search has one
+    name in all plans."""
+    label_of_run = f"{method} search" if options == SEARCH else label
+    name = re.sub(r"\W+", "_", label_of_run) if options else ""
     count = 0 if method == "rtn" else epochs(args, scheme)
     return Job(plan, label, Run(method, scheme, count, options, name), next(iter(args.calibrations)), **more)
 

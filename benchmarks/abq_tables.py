@@ -118,6 +118,8 @@ def tasks_table(rows: list[Row]) -> str:
     """A row a model: acc, and acc_norm where a task has it, and their means over the tasks."""
     found = {row["label"]: row["tasks"]["results"] for row in rows}
     sources = [row["source"]["tasks"]["results"] for row in rows if "source" in row]
+    order = ("rtn", *METHODS)
+    found = {label: found[label] for label in sorted(found, key=order.index)}
     found = {**({"fp": sources[0]} if sources else {}), **found}
     names = list(next(iter(found.values())))
     lines = []

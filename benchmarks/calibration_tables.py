@@ -188,7 +188,7 @@ def real_table(rows: list[Row]) -> str:
 def same_calibration(row: Row, other: Row) -> bool:
     """Whether `other` is the calibration of `row` made again, by `plain` or once more by the same engine."""
     left_out = ("engine", "shape", "preset")
-    same = all(row[name] == other[name] for name in settings(row) if name not in left_out)
+    same = all(row.get(name) == other.get(name) for name in settings(row) if name not in left_out)
     again = (row["engine"], other["engine"]) in (("auto", "plain"), ("auto", "auto")) and row["name"] != other["name"]
     return same and row["shape"] == other["shape"] and again and (other["engine"] == "plain" or bool(other["preset"]))
 

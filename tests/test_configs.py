@@ -140,6 +140,15 @@ def test_what_abq_learns_with(build: Any) -> None:
     assert loss.targets == ("fp", "fp_on_quantised")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_low_bits_change_where_clipping_begins_and_nothing_else(build: Any, method: str) -> None:
+    one, _, _ = build(f"methods/{method}", "schemes/w3a16")
+    two, _, _ = build(f"methods/{method}", "schemes/w3a16", "presets/low_bits")
+    assert one.identity()["weight_quantizer"]["initial"] == 4.0
+    one.weight_quantizer.initial = "search"
+    assert two.identity() == one.identity()
+
+
 def test_the_order_of_files_does_not_matter_where_they_do_not_overlap(build: Any) -> None:
     one, _, _ = build("methods/lrquant", "schemes/w4a4")
     two, _, _ = build("schemes/w4a4", "methods/lrquant")

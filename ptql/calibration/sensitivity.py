@@ -17,7 +17,7 @@ from ptql.calibration.stream_store import StreamStore
 from ptql.checkpoint import Checkpoint
 from ptql.errors import InputError
 from ptql.functional.clipping import round_clipped
-from ptql.functional.losses import kl_divergence, relative_squared_error
+from ptql.functional.losses import kl_divergence, mean_squared_error, relative_squared_error
 from ptql.nn.student import run_block, weights_of
 from ptql.parts.transforms import Weights
 from ptql.recipe import IntScheme
@@ -89,7 +89,7 @@ class Walk:
     def block(self, index: int, block: nn.Module, known: bool = False) -> list[list[float]]:
         """Take all streams through a block; returns the error of its output for each of its units and each scheme.
 
-        It is relative to each token's own square (`relative_squared_error`). With `known` errors are not asked for.
+        With `known` they are not asked for.
 
         Raises:
             InputError: The block's weights are damaged.
@@ -113,7 +113,7 @@ class Walk:
                     out = self._rounded[-1] if place == self._reference else scratch
                     weights = _rounded(block, unit, scheme, importance)
                     run_block(block, self._hidden, context, self._at_once, weights, out)
-                    errors.append(relative_squared_error(out, target).double())
+                    errors.append(_error(out, target).double())
         self._hidden = target
         if known or not errors:
             return []
@@ -137,6 +137,15 @@ class Walk:
 
     def _stream(self) -> Tensor:
         return self._store.empty(tuple(self._hidden.shape), self._hidden.dtype)
+
+
+def _error(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error relative to each token's own square, mean over tokens, plus that relative to the square of all.
+
+    The one sees every token alike; of the other nearly all is the few massive tokens, if there are any, and a model
+    breaks with them.
+    """
+    return relative_squared_error(output, target) + mean_squared_error(output, target) / target.square().mean()
 
 
 def _rounded(block: nn.Module, unit: Unit, scheme: IntScheme, importance: Tensor) -> Weights:
