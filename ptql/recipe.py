@@ -61,11 +61,6 @@ class IntScheme:
         return FIVE if self.balanced else 2**self.bits
 
     @property
-    def code_bits(self) -> float:
-        """What a code takes where many are stored."""
-        return 7 / 3 if self.balanced else float(self.bits)
-
-    @property
     def name(self) -> str:
         """Of the bits, as schemes are called: `4`, `2b`."""
         return f"{self.bits}b" if self.balanced else str(self.bits)
