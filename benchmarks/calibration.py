@@ -62,7 +62,7 @@ class Run:
         memory: Of `--data.memory`; None leaves the option out.
         preset: Shipped preset, which says epochs and batch size; `preset` makes such a run.
         real: The model is that of --model, all of it, and its perplexity is measured.
-        akl_mode: Of `--model.objective.akl_mode`; None leaves the option out.
+        akl_mode: Of `--model.objective.akl_mode`; `none` looks at no attention, None leaves the option out.
     """
 
     shape: Shape | None
@@ -95,7 +95,8 @@ class Run:
         options = {
             "model.source": model,
             "model.engine": self.engine,
-            "model.objective.akl_mode": self.akl_mode,
+            "model.objective.akl_mode": self.akl_mode if self.akl_mode != "none" else None,
+            "model.objective.akl": 0 if self.akl_mode == "none" else None,
             "data.text": text,
             "data.samples": self.samples,
             "data.length": self.length,
@@ -139,7 +140,7 @@ PLANS: dict[str, list[Run]] = {
     "weights": [WEIGHTS, replace(WEIGHTS, engine="plain", epochs=2)],
     "abq": [
         replace(BASE, epochs=5),  # beside those that follow
-        *(replace(BASE, method="abq", epochs=5, akl_mode=mode) for mode in ("faithful", "exact")),
+        *(replace(BASE, method="abq", epochs=5, akl_mode=mode) for mode in ("faithful", "exact", "none")),
     ],
     "llama70b": [replace(BASE, shape=SHAPES["llama2-70b"], epochs=2)],
     "huge": [replace(HUGE, method="omniquant", scheme="w4a16"), HUGE],

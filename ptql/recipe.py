@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from ptql.errors import InputError
 
@@ -42,6 +43,9 @@ class IntScheme:
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "weight", fewest=1)
+        for name in ("symmetric", "balanced"):
+            if type(getattr(self, name)) is not bool:
+                raise InputError(f"{name}={getattr(self, name)}: true or false is needed; leave it out for false")
         if type(self.group_size) is not int or (self.group_size != -1 and self.group_size < 1):
             raise InputError(
                 f"group_size={self.group_size}: a group holds at least 1 column; use -1 for one scale a row"
@@ -64,6 +68,10 @@ class IntScheme:
     def name(self) -> str:
         """Of the bits, as schemes are called: `4`, `2b`."""
         return f"{self.bits}b" if self.balanced else str(self.bits)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its settings as JSON; `balanced` only where it is on, as older readers do not know it."""
+        return {name: value for name, value in asdict(self).items() if name != "balanced" or value}
 
     def columns(self, row: int) -> int:
         """Columns of a full group in a row of `row` columns."""
@@ -122,7 +130,10 @@ def schemes_by_pattern(
             raise InputError(f"layers: {pattern}: {sorted(unknown)[0]} is no setting of a format; see --model.weight")
         if "bits" in settings and "balanced" not in settings:
             settings = {**settings, "balanced": False}
-        scheme = replace(default, **settings)  # type: ignore[arg-type]
+        try:
+            scheme = replace(default, **settings)  # type: ignore[arg-type]
+        except InputError as error:
+            raise InputError(f"layers: {pattern}: {error}") from None
         found = [key for name, key in names.items() if fnmatchcase(f".{name}.", f"*.{pattern}.*")]
         if not found:
             raise InputError(
@@ -153,6 +164,10 @@ class ActivationScheme:
     def quantised(self) -> bool:
         """Whether inputs of linear layers are rounded."""
         return self.bits < UNQUANTISED
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its settings as JSON; `kv_bits` only where they are given, as older readers do not know them."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def cache_bits(self) -> int:

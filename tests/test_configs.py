@@ -140,7 +140,7 @@ def test_what_abq_learns_with(build: Any) -> None:
     assert loss.targets == ("fp", "fp_on_quantised")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"rtn"}))
 def test_low_bits_change_where_clipping_begins_and_nothing_else(build: Any, method: str) -> None:
     one, _, _ = build(f"methods/{method}", "schemes/w3a16")
     two, _, _ = build(f"methods/{method}", "schemes/w3a16", "presets/low_bits")

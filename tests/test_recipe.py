@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from ptql.calibration.ledger import difference
+from ptql.calibration.quant_lm import QuantLM
 from ptql.errors import InputError
 from ptql.recipe import ActivationScheme, IntScheme, LayerFormat, schemes_by_pattern
 
@@ -44,7 +46,7 @@ def test_bits_alone_are_plain_bits() -> None:
     ("patterns", "message"),
     [
         ({"down": 8}, "layers: down: names no layer .*model.layers.0.self_attn.q_proj"),
-        ({"down_proj": 9}, "bits=9: .*1 to 8"),
+        ({"down_proj": 9}, "layers: down_proj: weight bits=9: .*1 to 8"),
         ({"down_proj": {"width": 4}}, "layers: down_proj: width is no setting"),
         ({"down_proj": {"balanced": True}}, "balanced=true with bits=3: .*use bits: 2"),
     ],
@@ -77,3 +79,18 @@ def test_the_caches_bits_are_those_of_activations_unless_they_are_given() -> Non
     for bits in (1, 9, 0):
         with pytest.raises(InputError, match=f"kv_bits: .*bits={bits}: .*2 to 8"):
             ActivationScheme(4, kv_bits=bits)
+
+
+def test_a_run_is_known_by_its_patterns_and_their_order() -> None:
+    """A later pattern wins, so that the same patterns in another order are another run."""
+    one, other = QuantLM(layers={"down_proj": 4, "layers.0": 8}), QuantLM(layers={"layers.0": 8, "down_proj": 4})
+    assert difference(one.identity(), other.identity()) is not None
+    assert difference(one.identity(), QuantLM(layers={"down_proj": 4, "layers.0": 8}).identity()) is None
+
+
+def test_settings_that_are_left_out_are_not_part_of_a_runs_identity() -> None:
+    """Runs from before there were these settings go on."""
+    identity = QuantLM(weight=IntScheme(4), activation=ActivationScheme(4)).identity()
+    assert identity["weight"] == {"bits": 4, "group_size": -1, "symmetric": False}
+    assert identity["activation"] == {"bits": 4}
+    assert "layers" not in identity

@@ -10,8 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ptql.calibration.bit_budget import BitPlan
 from ptql.calibration.block_reader import BlockReader
+from ptql.calibration.memory import give_back_memory
 from ptql.calibration.preparation import Plan
 from ptql.calibration.sensitivity import Walk
 from ptql.disk import put_text
@@ -34,11 +37,13 @@ def with_chosen_bits(trainer: BlockTrainer, model: QuantLM, plan: Plan) -> Plan:
         return plan
     if not trainer.ranks.all("bits" in trainer.ledger.manifest):
         measured = scores(*_measured(trainer, plan, bits), bits.reference)
+        give_back_memory()
         units = [
             [Candidate(*pair) for pair in zip(*unit, strict=True)] for unit in zip(bits.sizes, measured, strict=True)
         ]
-        choice = [bits.schemes[place].bits for place in allocate(units, bits.total)]
-        trainer.ledger.manifest["bits"] = dict(zip((unit.name for unit in bits.units), choice, strict=True))
+        choice = torch.tensor([bits.schemes[place].bits for place in allocate(units, bits.total)])
+        trainer.ranks.copy_from_first([choice])  # equal already, unless sums were not: all must have the same
+        trainer.ledger.manifest["bits"] = dict(zip((unit.name for unit in bits.units), choice.tolist(), strict=True))
         if trainer.is_global_zero:
             trainer.ledger.start()
     model.layer_schemes = bits.chosen(list(trainer.ledger.manifest["bits"].values()))

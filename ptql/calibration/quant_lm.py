@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,6 +89,11 @@ class QuantLM(LightningModule):
         self.objective = objective or Reconstruction()
         self.optimizer = optimizer
         self.published = None if published is None else Published.read(Path(published))
+        if self.published is not None and self.weight_quantizer.begins_on_weights:
+            raise InputError(
+                f"published={published}: blocks begin with its clipping, and initial=search would look for another; "
+                "leave one of them out"
+            )
 
     def open(self) -> Checkpoint:
         """The source, for quantising: `InputError` if it is missing or quantised already."""
@@ -112,11 +116,12 @@ class QuantLM(LightningModule):
     def identity(self) -> dict[str, Any]:
         """Every setting of the recipe that decides the result, as JSON values."""
         optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
+        apart = {"layers": [list(pair) for pair in self.layers.items()]} if self.layers else {}  # in order: later win
         return {
             "ptql": __version__,
-            "weight": asdict(self.weight),
-            "activation": asdict(self.activation),
-            "layers": self.layers,
+            "weight": self.weight.to_dict(),
+            "activation": self.activation.to_dict(),
+            **apart,
             "transforms": [settings(t) for t in self.transforms],
             "weight_quantizer": settings(self.weight_quantizer),
             "activation_quantizer": settings(self.activation_quantizer),
@@ -174,6 +179,7 @@ class QuantLM(LightningModule):
         ranges: dict[str, InputRange],
         context: dict[str, Any],
         objective: Objective | None = None,
+        begin: bool = True,
     ) -> BlockTask:
         """What learns block `index`, on the student's device.
 
@@ -184,6 +190,7 @@ class QuantLM(LightningModule):
             ranges: At the inputs of its linear layers.
             context: Its keyword arguments: mask, RoPE.
             objective: In place of the recipe's.
+            begin: Let quantisers begin on the weights, if they do; not needed where what was learned is at hand.
         """
         weights = weights_of(student)
         facts = BlockFacts(source.layout, weights, ranges, index, source.num_blocks)
@@ -212,7 +219,7 @@ class QuantLM(LightningModule):
         if self.published is not None:
             self.published.into(task, index)
             task.begin_here()
-        elif self.weight_quantizer.begins_on_weights:
+        elif begin and self.weight_quantizer.begins_on_weights:
             task.begin_on_weights()
         return task
 

@@ -89,7 +89,9 @@ class Walk:
     def block(self, index: int, block: nn.Module, known: bool = False) -> list[list[float]]:
         """Take all streams through a block; returns the error of its output for each of its units and each scheme.
 
-        With `known` they are not asked for.
+        That is the squared error relative to each token's own square, mean over tokens, plus that relative to the
+        square of all tokens. The first sees every token alike. Of the second nearly all is the few massive tokens, if
+        there are any: a model breaks with them. With `known` errors are not asked for.
 
         Raises:
             InputError: The block's weights are damaged.
@@ -104,7 +106,7 @@ class Walk:
                 f"{self._source.directory}: block {index} gives numbers that are not finite; its weights are damaged: "
                 "fetch the model again"
             )
-        errors, scratch = [], self._stream()
+        measured, scratch = [], self._stream()
         for unit in (unit for unit in self._units if unit.block == index):
             importance = self._ranks.mean(shares[unit.linears[0]])
             self._rounded.append(self._stream())
@@ -113,12 +115,13 @@ class Walk:
                     out = self._rounded[-1] if place == self._reference else scratch
                     weights = _rounded(block, unit, scheme, importance)
                     run_block(block, self._hidden, context, self._at_once, weights, out)
-                    errors.append(_error(out, target).double())
+                    measured.append(torch.stack([mean_squared_error(out, target), relative_squared_error(out, target)]))
         self._hidden = target
-        if known or not errors:
+        if known or not measured:
             return []
-        means = self._ranks.mean(torch.stack(errors).cpu())
-        return means.view(-1, len(self._schemes)).tolist()
+        square = self._ranks.mean(target.square().mean().cpu())
+        of_all, of_each = self._ranks.mean(torch.stack(measured).cpu()).double().unbind(1)
+        return (of_all / square + of_each).view(-1, len(self._schemes)).tolist()
 
     @torch.no_grad()
     def divergences(self) -> list[float]:
@@ -137,15 +140,6 @@ class Walk:
 
     def _stream(self) -> Tensor:
         return self._store.empty(tuple(self._hidden.shape), self._hidden.dtype)
-
-
-def _error(output: Tensor, target: Tensor) -> Tensor:
-    """Squared error relative to each token's own square, mean over tokens, plus that relative to the square of all.
-
-    The one sees every token alike; of the other nearly all is the few massive tokens, if there are any, and a model
-    breaks with them.
-    """
-    return relative_squared_error(output, target) + mean_squared_error(output, target) / target.square().mean()
 
 
 def _rounded(block: nn.Module, unit: Unit, scheme: IntScheme, importance: Tensor) -> Weights:

@@ -228,7 +228,7 @@ class BlockTrainer(Trainer):
                 "fetch the model again"
             )
         student = model.student(block, source)  # the same module, changed in place
-        task = model.block_task(self.block, student, source, ranges, streams.context)
+        task = model.block_task(self.block, student, source, ranges, streams.context, begin=found is None)
         if found is not None:
             stored = {name: tensor.to(device) for name, tensor in found.stored.items()}
             streams.advance(streams.output(task.student, task.decode(stored)))

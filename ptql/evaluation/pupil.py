@@ -79,7 +79,10 @@ class Pupil:
         unrounded = ActivationScheme(UNQUANTISED) if lesson.compat == "rlq" else None
         student = run.model.student(run.source.block(index, device), run.source, unrounded)
         ranges = run.ranges(record, device)
-        self.task: BlockTask = run.model.block_task(index, student, run.source, ranges, context, lesson.objective)
+        anew = lesson.compat == "rlq"
+        self.task: BlockTask = run.model.block_task(
+            index, student, run.source, ranges, context, lesson.objective, begin=anew
+        )
         self.task.load_learnables(_fresh(self.task) if lesson.compat == "rlq" else record.learned)
         self.task.initial = copy.deepcopy(self.task.learnables())
         for part in self.task.transforms:

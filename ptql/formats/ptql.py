@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -91,18 +91,16 @@ class PackedFormat:
             "format_version": self.version,
             "ptql_version": self.ptql_version,
             "method": self.method,
-            "weight": _scheme_to_dict(self.weight),
-            "activation": {"bits": self.activation.bits, "qkv": self.qkv},
+            "weight": self.weight.to_dict(),
+            "activation": {**self.activation.to_dict(), "qkv": self.qkv},
             "blocks": self.blocks,
             "attention": self.attention,
             "linears": list(self.linears),
             "shifted_norms": list(self.shifted_norms),
             "added_biases": list(self.added_biases),
         }
-        if self.activation.kv_bits is not None:
-            described["activation"]["kv_bits"] = self.activation.kv_bits
         if self.layers:
-            described["layers"] = {name: _scheme_to_dict(scheme) for name, scheme in self.layers.items()}
+            described["layers"] = {name: scheme.to_dict() for name, scheme in self.layers.items()}
         if self.factor_rank:
             described["factor_rank"] = self.factor_rank
         return described
@@ -216,11 +214,6 @@ def _scheme(stored: Mapping[str, Any], key: str) -> IntScheme:
         symmetric=_take(found, "symmetric", bool),
         balanced="balanced" in found and _take(found, "balanced", bool),
     )
-
-
-def _scheme_to_dict(scheme: IntScheme) -> dict[str, Any]:
-    """Its JSON; what only version 3 knows is there only if it says something."""
-    return {name: value for name, value in asdict(scheme).items() if name != "balanced" or value}
 
 
 def _rank(stored: Mapping[str, Any]) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptql.functional import affine
 
-SHARES = tuple(round(0.30 + 0.04 * k, 2) for k in range(18))  # to 0.98, where OmniQuant's clipping begins; rising
+SHARES = tuple(round(0.10 + 0.04 * k, 2) for k in range(23))  # to 0.98, where OmniQuant's clipping begins; rising
 
 
 def best_share(

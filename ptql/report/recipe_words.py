@@ -48,8 +48,8 @@ def recipe_of(run: RunFiles) -> Recipe:
     words = f"{'five-level' if five else f'{bits:g}-bit'} weights{' on average' if mixed else ''} ({rows}{kind}), "
     words += f"{act:g}-bit activations" if act < 16 else "activations as they are"
     words += f", {cache:g}-bit keys and values" if cache == cache else ""
-    if apart := section(run.identity, "recipe", "layers"):
-        words += f"; other formats for {', '.join(map(str, apart))}"
+    if apart := section(run.identity, "recipe").get("layers"):
+        words += f"; other formats for {', '.join(str(pattern) for pattern, _ in apart)}"
     return Recipe(PurePath(source).name or "A model", str(method), scheme, words)
 
 

@@ -153,8 +153,8 @@ def write_packed(directory: Path, config: PretrainedConfig, fmt: PackedFormat, s
                 w = tensors.pop(f"{full}.weight")
                 columns = fmt.weight.columns(w.shape[1])
                 low, high = affine.weight_range(affine.grouped(w, columns))
-                encoded = affine.encode(w, low, high, fmt.weight.bits, columns, fmt.weight.symmetric)
-                tensors |= {f"{full}.{k}": v for k, v in packed_tensors(*encoded, fmt.weight.bits).items()}
+                encoded = affine.encode(w, low, high, fmt.weight.levels, columns, fmt.weight.symmetric)
+                tensors |= {f"{full}.{k}": v for k, v in packed_tensors(*encoded, fmt.weight.levels).items()}
             if name in fmt.added_biases:
                 tensors[f"{full}.bias"] = torch.randn(model.get_submodule(full).out_features) * 0.1
         for name in fmt.shifted_norms:
@@ -350,13 +350,13 @@ def test_the_format_survives_json() -> None:
     assert hf.PtqlConfig(**stored).to_dict() == dict(hf.PtqlConfig(**stored)) == stored
 
 
-@pytest.mark.parametrize("version", [None, 0, 3, "1"])
+@pytest.mark.parametrize("version", [None, 0, 4, "1"])
 def test_another_format_version_is_refused(tmp_path: Path, version: object) -> None:
     directory = write_packed(tmp_path / "model", LLAMA, packed_format(LLAMA))
     settings = json.loads((directory / "config.json").read_text())
     settings["quantization_config"] |= {"format_version": version, "ptql_version": "9.9"}
     (directory / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=rf"format_version={version!r}: .* versions 1 and 2; .*\(9\.9\)"):
+    with pytest.raises(InputError, match=rf"format_version={version!r}: .* versions 1, 2, 3; .*\(9\.9\)"):
         load(directory)
 
 

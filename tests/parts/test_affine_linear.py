@@ -304,3 +304,11 @@ def test_it_begins_on_the_weights_as_they_are_folded(tmp_path: Path) -> None:
         expected = best_share(affine.grouped(folded, folded.shape[1]), 4, False).logit()
         assert torch.equal(task.quantizer(name).upper, expected)  # type: ignore[union-attr]
         assert torch.equal(task.initial[f"quantizers.{name.replace('.', '/')}.upper"], expected)
+
+
+def test_a_search_needs_clipping_and_no_published_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"initial=search with clip=false: .*use clip: true"):
+        Affine(clip=False, initial="search")
+    torch.save({0: {"a": torch.ones(1)}}, tmp_path / "p.pth")
+    with pytest.raises(InputError, match=r"published=.*p\.pth: .*leave one of them out"):
+        QuantLM(published=str(tmp_path / "p.pth"), weight_quantizer=Affine(initial="search"))

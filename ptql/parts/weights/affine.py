@@ -40,6 +40,11 @@ class Affine(WeightQuantizer):
         self, clip: bool = True, initial: float | Literal["search"] = USUAL, lr: float = 1e-2, factor_rank: int = 0
     ) -> None:
         check_learning_rate(lr, "take `clip: false` to learn no clipping")
+        if initial == "search" and not clip:
+            raise InputError(
+                "initial=search with clip=false: without clipping nothing begins anywhere; use clip: true, and "
+                "--trainer.max_epochs 0 to learn nothing"
+            )
         if initial != "search":
             rule = f"a logit lies between -{MOST} and {MOST}; 4.0 is usual, `search` looks for the best"
             check_number("initial", initial, -MOST, MOST, rule)
