@@ -66,6 +66,7 @@ class BitPlan:
         schemes: The formats to choose from, by ascending bits.
         sizes: Of each unit, the bits that are stored with each scheme.
         total: Bits that all units may take.
+        uniform: The largest width that all units can have.
     """
 
     budget: BitBudget
@@ -74,6 +75,7 @@ class BitPlan:
     schemes: tuple[IntScheme, ...]
     sizes: tuple[tuple[int, ...], ...]
     total: int
+    uniform: int
 
     @property
     def reference(self) -> int:
@@ -121,7 +123,8 @@ def plan_bits(model: QuantLM, source: Checkpoint, budget: BitBudget) -> BitPlan:
             f"stored takes {low:.4f} to {high:.4f} bits per weight here; give a number between"
         )
     total = math.floor(budget.bits * weights)
-    model.layer_schemes = LayerSchemes([scheme for scheme in needed if needed[scheme] <= total][-1], fixed)
+    uniform = [scheme for scheme in needed if needed[scheme] <= total][-1]
+    model.layer_schemes = LayerSchemes(uniform, fixed)
     return BitPlan(
         budget,
         fixed,
@@ -129,6 +132,7 @@ def plan_bits(model: QuantLM, source: Checkpoint, budget: BitBudget) -> BitPlan:
         tuple(sizes),
         tuple(tuple(_bits_of(unit, of_layers) for of_layers in sizes.values()) for unit in units),
         total - sum(layer.bits for key, layer in next(iter(sizes.values())).items() if key in fixed),
+        uniform.bits,
     )
 
 

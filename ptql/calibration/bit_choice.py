@@ -6,20 +6,23 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from ptql.calibration.bit_budget import BitPlan
 from ptql.calibration.block_reader import BlockReader
 from ptql.calibration.memory import give_back_memory
 from ptql.calibration.preparation import Plan
-from ptql.calibration.sensitivity import Walk
+from ptql.calibration.sensitivity import ChoiceWalk, UnitWalk, Walk
 from ptql.disk import put_text
 from ptql.evaluation.size import layer_sizes
 from ptql.functional.allocation import Candidate, allocate, scores
+from ptql.recipe import IntScheme
 from ptql.report.numbers import duration
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 FILE = "bits.json"
 SAMPLES, TOKENS = 8, 128  # of the calibration windows, from their beginnings
+BOUNDS = ((0.5, 4.0), (1.0, 1.0))  # of a unit's harm over error, in times of what is usual
 LINE_EVERY_SECONDS = 20.0
 
 
@@ -35,28 +39,27 @@ def with_chosen_bits(trainer: BlockTrainer, model: QuantLM, plan: Plan) -> Plan:
     """The plan, and the model, with the formats that the budget leads to: an earlier process's choice, or a new one."""
     if (bits := plan.bits) is None:
         return plan
-    if not trainer.ranks.all("bits" in trainer.ledger.manifest):
-        measured = scores(*_measured(trainer, plan, bits), bits.reference)
+    manifest = trainer.ledger.manifest
+    if not trainer.ranks.all("bits" in manifest):
+        manifest["bits"] = _Choosing(trainer, model, plan, bits).chosen()
         give_back_memory()
-        units = [
-            [Candidate(*pair) for pair in zip(*unit, strict=True)] for unit in zip(bits.sizes, measured, strict=True)
-        ]
-        choice = torch.tensor([bits.schemes[place].bits for place in allocate(units, bits.total)])
-        trainer.ranks.copy_from_first([choice])  # equal already, unless sums were not: all must have the same
-        trainer.ledger.manifest["bits"] = dict(zip((unit.name for unit in bits.units), choice.tolist(), strict=True))
         if trainer.is_global_zero:
             trainer.ledger.start()
-    model.layer_schemes = bits.chosen(list(trainer.ledger.manifest["bits"].values()))
+    model.layer_schemes = bits.chosen([manifest["bits"]["widths"][unit.name] for unit in bits.units])
     added = model.added_biases(plan.source.block(0), plan.source)
     plan = replace(plan, stored_as=model.packed_format(plan.source, added))
     if trainer.is_global_zero:
-        found = bits_found(plan)
+        found = bits_found(trainer, plan)
         shares = ", ".join(f"{share:.1%} at {width}" for width, share in found["share_of_weights"].items())
-        print(f"ptql: bits: {found['reached']:.4f} per weight of a budget of {found['budget']:g}; {shares}")
+        lost, alike = found["divergence"], found["uniform"]
+        print(
+            f"ptql: bits: {found['reached']:.4f} per weight of a budget of {found['budget']:g}: {shares}; "
+            f"before learning {lost:.3g} nats lost, with {alike['bits']} bits for all {alike['divergence']:.3g}"
+        )
     return plan
 
 
-def bits_found(plan: Plan) -> dict[str, Any]:
+def bits_found(trainer: BlockTrainer, plan: Plan) -> dict[str, Any]:
     """What became of the budget: the section `bits` of metrics.json."""
     assert plan.bits is not None
     sizes, layers, by_width = layer_sizes(plan.source, plan.stored_as), {}, Counter[str]()
@@ -70,36 +73,108 @@ def bits_found(plan: Plan) -> dict[str, Any]:
         "budget": plan.bits.budget.bits,
         "choices": list(plan.bits.budget.choices),
         "reached": sum(size.bits for size in sizes.values()) / weights,
+        "divergence": trainer.ledger.manifest["bits"]["divergence"],
+        "uniform": trainer.ledger.manifest["bits"]["uniform"],
         "share_of_weights": {width: round(by_width[width] / weights, 4) for width in widths},
         "layers": layers,
     }
 
 
-def _measured(trainer: BlockTrainer, plan: Plan, bits: BitPlan) -> tuple[list[list[float]], list[float]]:
-    """Errors of each unit with each scheme, and what the reference does to the model's output; blocks that an earlier
-    process measured are passed quickly."""
-    source, ranks, device = plan.source, trainer.ranks, trainer.strategy.root_device
-    path = trainer.ledger.folder / FILE
-    kept = _read(path)
-    windows = ranks.share(plan.windows[: -(-SAMPLES // ranks.size) * ranks.size, :TOKENS])
-    walk = Walk(source, bits.units, bits.schemes, bits.reference, windows, device, ranks, plan.budget, trainer.run_dir)
-    progress = _Progress(trainer, source.num_blocks, len(bits.schemes))
-    with BlockReader(source, device) as reader:
-        for index in range(source.num_blocks):
-            block = reader.block(index)
-            reader.ahead(index + 1)
-            known = ranks.all(str(index) in kept)
-            found = walk.block(index, block, known)
+class _Choosing:
+    """Measures what rounding each unit does, makes choices of that, and tries them.
+
+    Args:
+        trainer: Has the processes and the ledger.
+        model: The recipe; its quantisers round as they begin.
+        plan: Of the run.
+        bits: What there is to choose.
+    """
+
+    def __init__(self, trainer: BlockTrainer, model: QuantLM, plan: Plan, bits: BitPlan) -> None:
+        self._trainer, self._model, self._plan, self._bits = trainer, model, plan, bits
+        self._ranks, self._path = trainer.ranks, trainer.ledger.folder / FILE
+
+    def chosen(self) -> dict[str, Any]:
+        """The width of each unit by name, and what is lost with it and with one width for all; equal in all processes.
+
+        What is measured one by one does not quite add up, and the less the more is lost. So what follows from it in
+        several ways, and one width for all, are tried as a whole, and the best is taken.
+        """
+        bits, (errors, harm) = self._bits, self._measured()
+        choices = [(bits.uniform,) * len(bits.units)]
+        for least, most in BOUNDS:
+            found = scores(errors, harm, bits.reference, least, most)
+            choices += [self._allocated(found, narrow) for narrow in (False, True)]
+        lost = torch.tensor(self._tried(choices), dtype=torch.float64).nan_to_num(torch.inf)
+        self._ranks.copy_from_first([lost])  # equal already, unless sums over processes were not
+        best = int(lost.argmin())
+        return {
+            "widths": {unit.name: width for unit, width in zip(bits.units, choices[best], strict=True)},
+            "divergence": lost[best].item(),
+            "uniform": {"bits": bits.uniform, "divergence": lost[0].item()},
+        }
+
+    def _allocated(self, found: list[list[float]], narrow: bool) -> tuple[int, ...]:
+        """The widths with the least sum of scores; `narrow` ones are at most a step from what all can have."""
+        widths = self._bits.budget.choices
+        at = widths.index(self._bits.uniform)
+        some = slice(max(at - 1, 0), at + 2) if narrow else slice(None)
+        units = [
+            [Candidate(*pair) for pair in zip(*unit, strict=True)][some]
+            for unit in zip(self._bits.sizes, found, strict=True)
+        ]
+        return tuple(widths[some][place] for place in allocate(units, self._bits.total))
+
+    def _measured(self) -> tuple[list[list[float]], list[float]]:
+        """Errors of each unit with each scheme, and what the reference does to the model's output.
+
+        Errors are kept by block: those that an earlier process measured are not measured again.
+        """
+        kept, bits, blocks = _read(self._path), self._bits, self._plan.source.num_blocks
+        walk = self._walk(len(bits.units))
+        units = UnitWalk(walk, bits.units, bits.schemes, bits.reference, self._rounded)
+        progress = _Progress(self._trainer, blocks, len(bits.schemes))
+        for index, block in self._blocks():
+            known = self._ranks.all(str(index) in kept)
+            found = units.block(index, block, known)
             if not known:
                 kept[str(index)] = found
-                if trainer.is_global_zero:
-                    put_text(path, json.dumps(kept) + "\n")
+                if self._trainer.is_global_zero:
+                    put_text(self._path, json.dumps(kept) + "\n")
             progress.block_ends(index, known)
-    return [errors for index in range(source.num_blocks) for errors in kept[str(index)]], walk.divergences()
+        return [errors for index in range(blocks) for errors in kept[str(index)]], walk.divergences()
+
+    def _tried(self, choices: list[tuple[int, ...]]) -> list[float]:
+        """What is lost when all is rounded, with each choice."""
+        walk = self._walk(len(choices))
+        trial = ChoiceWalk(walk, [self._bits.chosen(choice) for choice in choices], self._rounded)
+        for index, block in self._blocks():
+            trial.block(index, block, self._plan.source.layout.names)
+        return walk.divergences()
+
+    def _walk(self, beside: int) -> Walk:
+        windows = self._plan.windows[: -(-SAMPLES // self._ranks.size) * self._ranks.size, :TOKENS]
+        source, device = self._plan.source, self._trainer.strategy.root_device
+        share, folder = self._ranks.share(windows), self._trainer.run_dir
+        return Walk(source, share, device, self._ranks, self._plan.budget, folder, beside)
+
+    def _blocks(self) -> Iterator[tuple[int, nn.Module]]:
+        with BlockReader(self._plan.source, self._trainer.strategy.root_device) as reader:
+            for index in range(self._plan.source.num_blocks):
+                block = reader.block(index)
+                reader.ahead(index + 1)
+                yield index, block
+
+    def _rounded(self, name: str, w: Tensor, scheme: IntScheme) -> Tensor:
+        """A matrix as the recipe's quantiser has it before anything is learned."""
+        quantizer = self._model.weight_quantizer.for_linear(name, w, scheme).to(w.device)
+        if self._model.weight_quantizer.begins_on_weights:
+            quantizer.begin_on(w)
+        return quantizer.fake(w).detach()
 
 
 def _read(path: Path) -> dict[str, list[list[float]]]:
-    """What was measured by block; nothing if the file is missing or damaged."""
+    """What was measured, by block; nothing if the file is missing or damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

@@ -309,7 +309,7 @@ class BlockTrainer(Trainer):
     def _write_results(self, model: QuantLM, plan: Plan, seconds: float) -> None:
         size = model_size(self.run_dir / MODEL, plan.source)
         fit = fit_metrics(self, model, plan, seconds)
-        bits = {} if plan.bits is None else {"bits": bits_found(plan)}
+        bits = {} if plan.bits is None else {"bits": bits_found(self, plan)}
         merge_metrics(self.run_dir / METRICS, {**size, **bits, "fit": fit})
         write_report(self.run_dir)
         print(

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-LEAST, MOST = 0.5, 4.0
-
 
 class Candidate(NamedTuple):
     """A choice that a unit has.
@@ -92,17 +90,21 @@ def _best_change(units: Sequence[Sequence[Candidate]], chosen: list[int], left: 
     return best
 
 
-def scores(errors: Sequence[Sequence[float]], harm: Sequence[float], reference: int) -> list[list[float]]:
+def scores(
+    errors: Sequence[Sequence[float]], harm: Sequence[float], reference: int, least: float, most: float
+) -> list[list[float]]:
     """What each candidate of each unit does to the result, taken to grow as its error does.
 
-    harm / error is much the same for most units, and measured at one candidate only; a few are far from it. They
-    count for at least `LEAST` and at most `MOST` times what is usual (the median): what is luck does little then.
+    harm / error is much the same for most units, and measured at one candidate only; a few are far from it.
 
     Args:
         errors: Of each unit, with each candidate, whatever they are measured in.
         harm: Of each unit, with its candidate `reference`, in the units of the result.
+        reference: The candidate, by index.
+        least: A unit's harm / error counts for at least so many times what is usual, the median.
+        most: For at most so many times. With 1 and 1, errors alone count.
     """
     factors = [h / unit[reference] if unit[reference] > 0 else 0.0 for unit, h in zip(errors, harm, strict=True)]
     usual = statistics.median(factors) or 1.0
-    bounded = [min(max(factor, LEAST * usual), MOST * usual) for factor in factors]
+    bounded = [min(max(factor, least * usual), most * usual) for factor in factors]
     return [[factor * error for error in unit] for factor, unit in zip(bounded, errors, strict=True)]

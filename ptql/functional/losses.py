@@ -38,8 +38,7 @@ def relative_squared_error(
 
 
 def kl_divergence(
-    logits: Float[Tensor, "batch tokens vocabulary"], target: Float[Tensor, "batch tokens vocabulary"]
+    logits: Float[Tensor, "batch tokens vocabulary"], expected: Float[Tensor, "batch tokens vocabulary"]
 ) -> Float[Tensor, ""]:
-    """Mean over tokens of the Kullback-Leibler divergence of `logits` from `target`, as distributions, in nats."""
-    p, q = target.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).mean()
+    """Mean over tokens of the Kullback-Leibler divergence of `logits` from log-probabilities `expected`, in nats."""
+    return (expected.exp() * (expected - logits.float().log_softmax(-1))).sum(-1).mean()

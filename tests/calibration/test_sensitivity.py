@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from ptql.calibration.memory_budget import Budget
 from ptql.calibration.ranks import Ranks
-from ptql.calibration.sensitivity import Unit, Walk
+from ptql.calibration.sensitivity import ChoiceWalk, Unit, UnitWalk, Walk
 from ptql.checkpoint import Checkpoint
 from ptql.errors import InputError
-from ptql.functional.clipping import round_clipped
-from ptql.recipe import IntScheme
+from ptql.parts.weights import Affine
+from ptql.recipe import IntScheme, LayerSchemes
 from tests.models import CONFIGS, block_calls, blocks_of, llama_config, random_model, save, some_ids
 
 ROOT = Path(__file__).parents[2]
@@ -35,37 +35,38 @@ def units_of(source: Checkpoint) -> list[Unit]:
     return [Unit(index, group) for index in range(source.num_blocks) for group in source.layout.linears]
 
 
+def rounding(name: str, w: Tensor, scheme: IntScheme) -> Tensor:
+    return Affine().for_linear(name, w, scheme).fake(w).detach()
+
+
+def a_walk(source: Checkpoint, run: Path, ids: Tensor = IDS, ranks: Ranks | None = None) -> Walk:
+    return Walk(source, ids, torch.device("cpu"), ranks or Ranks(), Budget(), run, 8)
+
+
 def walked(
     directory: Path, run: Path, known: tuple[int, ...] = (), ids: Tensor = IDS, ranks: Ranks | None = None
 ) -> tuple[list[list[float]], list[float]]:
     """Errors of the units of blocks that are not known, and divergences of all units."""
-    source, device = Checkpoint(directory), torch.device("cpu")
-    walk = Walk(source, units_of(source), SCHEMES, REFERENCE, ids, device, ranks or Ranks(), Budget(), run)
-    errors = []
+    source, errors = Checkpoint(directory), []
+    walk = a_walk(source, run, ids, ranks)
+    units = UnitWalk(walk, units_of(source), SCHEMES, REFERENCE, rounding)
     for index in range(source.num_blocks):
-        errors += walk.block(index, source.block(index), index in known)
+        errors += units.block(index, source.block(index), index in known)
     return errors, walk.divergences()
 
 
-def shares_of(model: PreTrainedModel, unit: Unit) -> Tensor:
-    """The mean over tokens of each input channel's part of the token's square."""
-    caught: list[Tensor] = []
-    linear = blocks_of(model)[unit.block].get_submodule(unit.linears[0])
-    handle = linear.register_forward_pre_hook(lambda _, args: caught.append(args[0].detach()))
-    model(IDS, use_cache=False)
-    handle.remove()
-    tokens = caught[0].flatten(0, -2).double()
-    return torch.stack([t.square() / t.square().sum() for t in tokens]).mean(0)
-
-
-def with_rounded(model: PreTrainedModel, unit: Unit, scheme: IntScheme) -> PreTrainedModel:
-    changed, shares = copy.deepcopy(model), shares_of(model, unit).float()
-    for name in unit.linears:
-        linear = blocks_of(changed)[unit.block].get_submodule(name)
-        columns = scheme.columns(linear.in_features)  # type: ignore[arg-type]
-        rounded = round_clipped(linear.weight.data, shares, scheme.levels, columns, scheme.symmetric)  # type: ignore
-        linear.weight.data = rounded
+def with_rounded(model: PreTrainedModel, schemes: dict[tuple[int, str], IntScheme]) -> PreTrainedModel:
+    changed = copy.deepcopy(model)
+    for (index, name), scheme in schemes.items():
+        linear = blocks_of(changed)[index].get_submodule(name)
+        linear.weight.data = rounding(name, linear.weight.data, scheme)  # type: ignore[arg-type]
     return changed
+
+
+def nats(model: PreTrainedModel, other: PreTrainedModel) -> float:
+    """The divergence of the other's predictions."""
+    said, expected = (m(IDS).logits.log_softmax(-1) for m in (other, model))
+    return kl_div(said, expected, log_target=True, reduction="sum").item() / IDS.numel()
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gemma2", "phi3"])
@@ -76,18 +77,31 @@ def test_errors_and_divergences_are_those_of_the_whole_model(tmp_path: Path, nam
     units = units_of(Checkpoint(directory))
     assert len(errors) == len(divergences) == len(units)
     outputs = [call[2] for call in block_calls(model, IDS)]
-    expected = model(IDS).logits.log_softmax(-1)
     for unit, of_unit, divergence in zip(units, errors, divergences, strict=True):
         for place, scheme in enumerate(SCHEMES):
-            rounded = with_rounded(model, unit, scheme)
+            rounded = with_rounded(model, {(unit.block, name): scheme for name in unit.linears})
             output, target = block_calls(rounded, IDS)[unit.block][2].double(), outputs[unit.block].double()
             squares, error = target.square().sum(-1), (output - target).square().sum(-1)
             both = (error / squares).mean() + error.sum() / squares.sum()
             assert of_unit[place] == pytest.approx(both.item(), rel=1e-3)
             if place == REFERENCE:
-                said = rounded(IDS).logits.log_softmax(-1)
-                nats = kl_div(said, expected, log_target=True, reduction="sum").item() / IDS.numel()
-                assert divergence == pytest.approx(nats, rel=1e-2)
+                assert divergence == pytest.approx(nats(model, rounded), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_choices_are_tried_as_a_whole(tmp_path: Path, name: str) -> None:
+    model = random_model(CONFIGS[name])
+    source = Checkpoint(save(model, tmp_path / "model"))
+    names, walk = source.layout.names, a_walk(source, tmp_path)
+    odd = {f"1.{names[0]}": IntScheme(2), f"0.{names[-1]}": IntScheme(16), f"0.{names[1]}": IntScheme(4, 16, True)}
+    choices = [LayerSchemes(IntScheme(3)), LayerSchemes(IntScheme(4), odd)]
+    trial = ChoiceWalk(walk, choices, rounding)
+    for index in range(source.num_blocks):
+        trial.block(index, source.block(index), names)
+    for choice, found in zip(choices, walk.divergences(), strict=True):
+        schemes = {(index, name): choice.of(index, name) for index in range(source.num_blocks) for name in names}
+        schemes = {key: scheme for key, scheme in schemes.items() if scheme.quantised}
+        assert found == pytest.approx(nats(model, with_rounded(model, schemes)), rel=1e-2)
 
 
 def test_blocks_whose_errors_are_known_are_passed_and_change_nothing(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from ptql.functional.allocation import LEAST, MOST, Candidate, allocate, scores
+from ptql.functional.allocation import Candidate, allocate, scores
 
 Units = list[list[Candidate]]
 SEEDS = range(12)
@@ -115,16 +115,16 @@ def test_nothing_to_choose() -> None:
 
 def test_scores_are_harm_where_it_was_measured_and_grow_as_errors_do() -> None:
     errors, harm = [[8.0, 2.0, 1.0], [4.0, 1.0, 0.5], [40.0, 10.0, 5.0]], [4.0, 3.0, 18.0]
-    assert scores(errors, harm, 1) == [[16.0, 4.0, 2.0], [12.0, 3.0, 1.5], [72.0, 18.0, 9.0]]
+    assert scores(errors, harm, 1, 0.5, 4.0) == [[16.0, 4.0, 2.0], [12.0, 3.0, 1.5], [72.0, 18.0, 9.0]]
 
 
 def test_what_is_far_from_usual_is_bounded() -> None:
-    errors = [[2.0, 1.0]] * 5
-    found = scores(errors, [3.0, 3.0, 3.0, 1000.0, 0.0], 1)
-    assert found[2:] == [[6.0, 3.0], [MOST * 6, MOST * 3], [LEAST * 6, LEAST * 3]]
+    errors, harm = [[2.0, 1.0]] * 5, [3.0, 3.0, 3.0, 1000.0, 0.0]
+    assert scores(errors, harm, 1, 0.5, 4.0)[2:] == [[6.0, 3.0], [24.0, 12.0], [3.0, 1.5]]
+    assert scores(errors, harm, 1, 1.0, 1.0) == [[6.0, 3.0]] * 5
 
 
 def test_a_unit_without_error_or_harm_still_tells_its_candidates_apart() -> None:
     """As where weights lie on the grid of the reference already."""
-    assert scores([[1.0, 0.0], [1.0, 0.5], [1.0, 0.5]], [0.0, 1.0, 1.0], 1)[0] == [LEAST * 2, 0.0]
-    assert scores([[1.0, 0.5]], [0.0], 1) == [[LEAST, LEAST / 2]]
+    assert scores([[1.0, 0.0], [1.0, 0.5], [1.0, 0.5]], [0.0, 1.0, 1.0], 1, 0.5, 4.0)[0] == [1.0, 0.0]
+    assert scores([[1.0, 0.5]], [0.0], 1, 0.5, 4.0) == [[0.5, 0.25]]
