@@ -21,7 +21,7 @@ from ptql.calibration.preparation import Plan
 from ptql.calibration.sensitivity import ChoiceWalk, UnitWalk, Walk
 from ptql.disk import put_text
 from ptql.evaluation.size import layer_sizes
-from ptql.functional.allocation import Candidate, allocate, scores
+from ptql.functional.allocation import Candidate, allocate, evenly_spread, scores
 from ptql.recipe import IntScheme
 from ptql.report.numbers import duration
 
@@ -98,10 +98,10 @@ class _Choosing:
         """The width of each unit by name, and what is lost with it and with one width for all; equal in all processes.
 
         What is measured one by one does not quite add up, and the less the more is lost. So what follows from it in
-        several ways, and one width for all, are tried as a whole, and the best is taken.
+        several ways, one width for all, and two by turns, are tried as a whole, and the best is taken.
         """
         bits, (errors, harm) = self._bits, self._measured()
-        choices = [(bits.uniform,) * len(bits.units)]
+        choices = [(bits.uniform,) * len(bits.units), self._by_turns()]
         for least, most in BOUNDS:
             found = scores(errors, harm, bits.reference, least, most)
             choices += [self._allocated(found, narrow) for narrow in (False, True)]
@@ -113,6 +113,19 @@ class _Choosing:
             "divergence": lost[best].item(),
             "uniform": {"bits": bits.uniform, "divergence": lost[0].item()},
         }
+
+    def _by_turns(self) -> tuple[int, ...]:
+        """The width that all can have, and the next one in as many whole blocks as fit: what needs no measuring."""
+        bits, widths = self._bits, self._bits.budget.choices
+        at, blocks = widths.index(bits.uniform), sorted({unit.block for unit in bits.units})
+        if at + 1 == len(widths):
+            return (bits.uniform,) * len(bits.units)
+        for count in range(len(blocks), 0, -1):
+            raised = {blocks[place] for place in evenly_spread(count, len(blocks))}
+            places = [at + (unit.block in raised) for unit in bits.units]
+            if sum(sizes[place] for sizes, place in zip(bits.sizes, places, strict=True)) <= bits.total:
+                return tuple(widths[place] for place in places)
+        return (bits.uniform,) * len(bits.units)
 
     def _allocated(self, found: list[list[float]], narrow: bool) -> tuple[int, ...]:
         """The widths with the least sum of scores; `narrow` ones are at most a step from what all can have."""

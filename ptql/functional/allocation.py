@@ -90,6 +90,11 @@ def _best_change(units: Sequence[Sequence[Candidate]], chosen: list[int], left: 
     return best
 
 
+def evenly_spread(count: int, places: int) -> list[int]:
+    """`count` of so many places, in order, as far from each other as they can be: of 5 the second and the fourth."""
+    return [(2 * k + 1) * places // (2 * count) for k in range(count)]
+
+
 def scores(
     errors: Sequence[Sequence[float]], harm: Sequence[float], reference: int, least: float, most: float
 ) -> list[list[float]]:

@@ -24,6 +24,10 @@ def bits(run: RunFiles) -> Markup:
     parts = ", ".join(f"{100 * real(share):.0f} % at {width}" for width, share in shares)
     words = f"Chosen to meet a budget of {budget:g} bits per weight; {reached} are stored, scales and all. "
     words += f"Widths of codes, by the weights that have them: {parts}."
+    lost, alike = real(found.get("divergence")), section(found, "uniform")
+    if math.isfinite(lost):
+        words += f" Before learning, predictions are {figure(lost, 3)} nats from full precision on calibration text; "
+        words += f"with {alike.get('bits')} bits for all, {figure(real(alike.get('divergence')), 3)}."
     drawn = heat_map(run, names, cells, shade, "Bits", digits=1)
     return titled("Bits per layer", "bits", tag("p", words), tag("figure", shade.legend(), drawn))
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from ptql.functional.allocation import Candidate, allocate, scores
+from ptql.functional.allocation import Candidate, allocate, evenly_spread, scores
 
 Units = list[list[Candidate]]
 SEEDS = range(12)
@@ -128,3 +128,15 @@ def test_a_unit_without_error_or_harm_still_tells_its_candidates_apart() -> None
     """As where weights lie on the grid of the reference already."""
     assert scores([[1.0, 0.0], [1.0, 0.5], [1.0, 0.5]], [0.0, 1.0, 1.0], 1, 0.5, 4.0)[0] == [1.0, 0.0]
     assert scores([[1.0, 0.5]], [0.0], 1, 0.5, 4.0) == [[0.5, 0.25]]
+
+
+@pytest.mark.parametrize(
+    ("count", "places", "expected"), [(2, 5, [1, 3]), (5, 5, [0, 1, 2, 3, 4]), (1, 5, [2]), (0, 3, [])]
+)
+def test_places_are_spread_evenly(count: int, places: int, expected: list[int]) -> None:
+    assert evenly_spread(count, places) == expected
+
+
+def test_half_of_the_places_is_every_other_one() -> None:
+    assert evenly_spread(15, 30) == list(range(1, 30, 2))
+    assert all(len(set(evenly_spread(count, 7))) == count for count in range(8))

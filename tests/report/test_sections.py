@@ -115,7 +115,8 @@ def with_budget(path: Path) -> Any:
     layers = {f"{block}.{name}": str(2 + (block + place) % 3) for block in range(3) for place, name in enumerate(NAMES)}
     layers["1.mlp.down_proj"] = "2b"
     shares = {"2": 0.25, "2b": 0.05, "3": 0.4, "4": 0.3}
-    found = {"budget": 3.25, "reached": 3.2479, "share_of_weights": shares, "layers": layers}
+    lost = {"divergence": 0.812, "uniform": {"bits": 3, "divergence": 1.25}}
+    found = {"budget": 3.25, "reached": 3.2479, "share_of_weights": shares, "layers": layers, **lost}
     run_with(path, {"bits": found}, blocks=3)
     manifest = path / "ledger/manifest.json"
     noted = json.loads(manifest.read_text())
@@ -129,6 +130,7 @@ def test_the_bits_of_a_budget_have_a_map(tmp_path):
     made = bits.bits(run)
     assert "a budget of 3.25 bits per weight; 3.248 are stored" in words(made)
     assert "25 % at 2, 5 % at 2b, 40 % at 3, 30 % at 4" in words(made)
+    assert "0.812 nats from full precision on calibration text; with 3 bits for all, 1.25." in words(made)
     assert len(re.findall("<title>", made)) == 3 * 7
     assert "mlp.down_proj, block 1: 2" in words(made)
     assert "to 3.25-bit weights on average (a scale per row), 4-bit activations" in summary.verdict(run)
