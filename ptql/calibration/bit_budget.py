@@ -79,8 +79,9 @@ class BitPlan:
 
     @property
     def reference(self) -> int:
-        """The scheme nearest to the budget, by index."""
-        return min(range(len(self.schemes)), key=lambda place: abs(self.schemes[place].bits - self.budget.bits))
+        """The scheme nearest to the budget, by index; the larger of two."""
+        places = reversed(range(len(self.schemes)))
+        return min(places, key=lambda place: abs(self.schemes[place].bits - self.budget.bits))
 
     def chosen(self, bits: Sequence[int]) -> LayerSchemes:
         """Formats of all layers where units have these widths; the default is what most of them have."""

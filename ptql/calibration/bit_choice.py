@@ -18,7 +18,7 @@ from ptql.calibration.bit_budget import BitPlan
 from ptql.calibration.block_reader import BlockReader
 from ptql.calibration.memory import give_back_memory
 from ptql.calibration.preparation import Plan
-from ptql.calibration.sensitivity import ChoiceWalk, UnitWalk, Walk
+from ptql.calibration.sensitivity import ChoiceWalk, ContextWalk, UnitWalk, Walk
 from ptql.disk import put_text
 from ptql.evaluation.size import layer_sizes
 from ptql.functional.allocation import Candidate, allocate, evenly_spread, scores
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FILE = "bits.json"
 SAMPLES, TOKENS = 8, 128  # of the calibration windows, from their beginnings
-BOUNDS = ((0.5, 4.0), (1.0, 1.0))  # of a unit's harm over error, in times of what is usual
+BOUNDS = (0.5, 4.0)  # of a unit's harm over error, in times of what is usual
 LINE_EVERY_SECONDS = 20.0
 
 
@@ -97,13 +97,19 @@ class _Choosing:
     def chosen(self) -> dict[str, Any]:
         """The width of each unit by name, and what is lost with it and with one width for all; equal in all processes.
 
-        What is measured one by one does not quite add up, and the less the more is lost. So what follows from it in
-        several ways, one width for all, and two by turns, are tried as a whole, and the best is taken.
+        What is measured of one unit in full precision adds up only where little is lost; of one unit among rounded
+        ones, it holds near them only. So what follows from either, from errors alone, and what needs no measuring, are
+        tried as a whole, and the best is taken.
         """
         bits, (errors, harm) = self._bits, self._measured()
+        at = [of_unit[bits.reference] for of_unit in errors]
+        in_context = self._in_context(errors)
         choices = [(bits.uniform,) * len(bits.units), self._by_turns()]
-        for least, most in BOUNDS:
-            found = scores(errors, harm, bits.reference, least, most)
+        for found in (
+            scores(errors, harm, at, *BOUNDS),
+            scores(errors, harm, at, 1.0, 1.0),
+            scores(errors, *in_context, *BOUNDS),
+        ):
             choices += [self._allocated(found, narrow) for narrow in (False, True)]
         lost = torch.tensor(self._tried(choices), dtype=torch.float64).nan_to_num(torch.inf)
         self._ranks.copy_from_first([lost])  # equal already, unless sums over processes were not
@@ -146,7 +152,7 @@ class _Choosing:
         kept, bits, blocks = _read(self._path), self._bits, self._plan.source.num_blocks
         walk = self._walk(len(bits.units))
         units = UnitWalk(walk, bits.units, bits.schemes, bits.reference, self._rounded)
-        progress = _Progress(self._trainer, blocks, len(bits.schemes))
+        progress = _Progress(self._trainer, blocks, len(bits.schemes), "rounded by itself")
         for index, block in self._blocks():
             known = self._ranks.all(str(index) in kept)
             found = units.block(index, block, known)
@@ -156,6 +162,19 @@ class _Choosing:
                     put_text(self._path, json.dumps(kept) + "\n")
             progress.block_ends(index, known)
         return [errors for index in range(blocks) for errors in kept[str(index)]], walk.divergences()
+
+    def _in_context(self, errors: list[list[float]]) -> tuple[list[float], list[float]]:
+        """What a width less for one unit does where all others have the reference, and by how much error."""
+        bits, plan = self._bits, self._plan
+        other = bits.reference - 1 if bits.reference else 1
+        walk, base = self._walk(len(bits.units) + 1), bits.chosen([bits.schemes[bits.reference].bits] * len(bits.units))
+        units = ContextWalk(walk, bits.units, base, bits.schemes[other], self._rounded)
+        progress = _Progress(self._trainer, plan.source.num_blocks, 1, "rounded with all others")
+        for index, block in self._blocks():
+            units.block(index, block, plan.source.layout.names)
+            progress.block_ends(index)
+        before, *after = walk.divergences()
+        return [lost - before for lost in after], [unit[other] - unit[bits.reference] for unit in errors]
 
     def _tried(self, choices: list[tuple[int, ...]]) -> list[float]:
         """What is lost when all is rounded, with each choice."""
@@ -201,15 +220,17 @@ class _Progress:
         trainer: Of the run.
         blocks: Of the model.
         schemes: That each unit is rounded to.
+        what: Is measured of them.
     """
 
-    def __init__(self, trainer: BlockTrainer, blocks: int, schemes: int) -> None:
+    def __init__(self, trainer: BlockTrainer, blocks: int, schemes: int, what: str) -> None:
+        self._what = what
         self._shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         self._blocks, self._schemes = blocks, schemes
         self._began = self._said = time.monotonic()
         self._work = 0
 
-    def block_ends(self, index: int, known: bool) -> None:
+    def block_ends(self, index: int, known: bool = False) -> None:
         """All streams are through block `index`, whose errors were `known` before."""
         self._work += index + (1 if known else self._schemes)  # a pass of each stream that is there, and one a scheme
         now, last = time.monotonic(), index + 1 == self._blocks
@@ -218,4 +239,4 @@ class _Progress:
         self._said = now
         rest = sum(later + self._schemes for later in range(index + 1, self._blocks))
         left = "" if last else f"  {duration((now - self._began) * rest / self._work)} left"
-        print(f"bits: block {index + 1}/{self._blocks} measured{left}", file=sys.stderr, flush=True)
+        print(f"bits: groups {self._what}: block {index + 1}/{self._blocks}{left}", file=sys.stderr, flush=True)

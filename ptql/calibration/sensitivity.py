@@ -162,6 +162,40 @@ class UnitWalk:
         return (of_all / square + of_each).view(-1, len(self._schemes)).tolist()
 
 
+class ContextWalk:
+    """Rounds all matrices, and in a stream for each unit this one otherwise.
+
+    After the last block, the first stream is that without a difference.
+
+    Args:
+        walk: Before the first block.
+        units: In the order of their blocks.
+        base: Formats of all layers.
+        other: Of a unit in its stream.
+        rounding: Makes rounded matrices.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, walk: Walk, units: Sequence[Unit], base: LayerSchemes, other: IntScheme, rounding: Rounding
+    ) -> None:
+        self.walk, self._units, self._base, self._other, self._rounding = walk, units, base, other, rounding
+        walk.beside = [walk.empty().copy_(walk.full)]
+
+    @torch.no_grad()
+    def block(self, index: int, block: nn.Module, linears: Sequence[str]) -> None:
+        """Take all streams through a block, whose `linears` are rounded."""
+        walk, schemes = self.walk, {name: self._base.of(index, name) for name in linears}
+        weights = rounded_weights(block, schemes, self._rounding)
+        for stream in walk.beside[1:]:
+            walk.run(index, block, stream, stream, weights)
+        for unit in (unit for unit in self._units if unit.block == index):
+            changed = rounded_weights(block, dict.fromkeys(unit.linears, self._other), self._rounding)
+            walk.beside.append(walk.run(index, block, walk.beside[0], walk.empty(), {**weights, **changed}))
+        walk.run(index, block, walk.beside[0], walk.beside[0], weights)
+        walk.full = walk.target(index, block)
+
+
 class ChoiceWalk:
     """Rounds all matrices, in a stream for each of several choices of formats.
 

@@ -96,20 +96,20 @@ def evenly_spread(count: int, places: int) -> list[int]:
 
 
 def scores(
-    errors: Sequence[Sequence[float]], harm: Sequence[float], reference: int, least: float, most: float
+    errors: Sequence[Sequence[float]], harm: Sequence[float], by: Sequence[float], least: float, most: float
 ) -> list[list[float]]:
     """What each candidate of each unit does to the result, taken to grow as its error does.
 
-    harm / error is much the same for most units, and measured at one candidate only; a few are far from it.
+    harm / error is much the same for most units, and measured once; a few are far from it.
 
     Args:
         errors: Of each unit, with each candidate, whatever they are measured in.
-        harm: Of each unit, with its candidate `reference`, in the units of the result.
-        reference: The candidate, by index.
+        harm: What an error of each unit did, in the units of the result.
+        by: That error.
         least: A unit's harm / error counts for at least so many times what is usual, the median.
         most: For at most so many times. With 1 and 1, errors alone count.
     """
-    factors = [h / unit[reference] if unit[reference] > 0 else 0.0 for unit, h in zip(errors, harm, strict=True)]
-    usual = statistics.median(factors) or 1.0
+    factors = [did / error if error else 0.0 for did, error in zip(harm, by, strict=True)]
+    usual = max(statistics.median(factors), 0.0) or 1.0
     bounded = [min(max(factor, least * usual), most * usual) for factor in factors]
     return [[factor * error for error in unit] for factor, unit in zip(bounded, errors, strict=True)]

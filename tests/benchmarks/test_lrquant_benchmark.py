@@ -359,9 +359,9 @@ def test_the_tiny_plan_end_to_end(stories_dir: Path, shared_dir: Path, tmp_path:
     command += ["--epochs", "1", "--samples", "4", "--length", "32", "--windows", "20", "--ablation_windows", "4"]
     command += ["--jobs", "2"]
     assert lrquant.main([*command, "--work", str(tmp_path / "work"), "--results", str(results)]) == 0
-    found = lrquant_tables.read_rows([results])
-    assert [row["plan"] for row in rows].count("plus") == 2
-    (tta,) = (row for row in rows if row["plan"] == "tta")
+    made = lrquant_tables.read_rows([results])
+    assert [row["plan"] for row in made].count("plus") == 2
+    (tta,) = (row for row in made if row["plan"] == "tta")
     assert tta["tta"].keys() == set(TTA)
     assert tta["tta"]["rlq"]["compat"] == "rlq"
     for name, found in tta["tta"].items():
@@ -369,7 +369,7 @@ def test_the_tiny_plan_end_to_end(stories_dir: Path, shared_dir: Path, tmp_path:
         assert found["ppl"].keys() == found["without"].keys() == {"stories", "pydoc"}
         assert (found["without"]["pydoc"] == tta["ppl"]["pydoc"]) == (name != "prefix")
         assert details["windows"] + (details["adapted_on"] if name == "prefix" else 0) == 20
-    (ablation,) = (row for row in rows if row["plan"] == "ablation")
+    (ablation,) = (row for row in made if row["plan"] == "ablation")
     assert ablation["tta"].keys() == ablation["settings"].keys()
     assert len(ablation["settings"]) == 2
     parts = [f"<!-- begin: {name} -->\n<!-- end: {name} -->\n" for name in lrquant_tables.TABLES]

@@ -254,8 +254,10 @@ def test_lines_while_measuring(
     monkeypatch.setattr(bit_choice, "LINE_EVERY_SECONDS", 0.0)
     assert main(arguments(places, tmp_path / "run", "--bits_budget", "3")) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bits: ")]
-    assert [line.split("  ")[0] for line in said] == [f"bits: block {index}/3 measured" for index in (1, 2, 3)]
-    assert [line.endswith(" left") for line in said] == [True, True, False]
+    phases = ("rounded by itself", "rounded with all others")
+    expected = [f"bits: groups {phase}: block {index}/3" for phase in phases for index in (1, 2, 3)]
+    assert [line.split("  ")[0] for line in said] == expected
+    assert [line.endswith(" left") for line in said] == [True, True, False] * 2
     quiet = ("--trainer.enable_progress_bar", "false")
     assert main(arguments(places, tmp_path / "quiet", "--bits_budget", "3", *quiet)) == 0
     assert "bits:" not in capsys.readouterr().err

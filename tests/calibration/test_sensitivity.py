@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ptql.calibration.memory_budget import Budget
 from ptql.calibration.ranks import Ranks
-from ptql.calibration.sensitivity import ChoiceWalk, Unit, UnitWalk, Walk
+from ptql.calibration.sensitivity import ChoiceWalk, ContextWalk, Unit, UnitWalk, Walk
 from ptql.checkpoint import Checkpoint
 from ptql.errors import InputError
 from ptql.parts.weights import Affine
@@ -102,6 +102,22 @@ def test_choices_are_tried_as_a_whole(tmp_path: Path, name: str) -> None:
         schemes = {(index, name): choice.of(index, name) for index in range(source.num_blocks) for name in names}
         schemes = {key: scheme for key, scheme in schemes.items() if scheme.quantised}
         assert found == pytest.approx(nats(model, with_rounded(model, schemes)), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_unit_among_rounded_ones(tmp_path: Path, name: str) -> None:
+    model = random_model(CONFIGS[name])
+    source = Checkpoint(save(model, tmp_path / "model"))
+    names, walk, units = source.layout.names, a_walk(source, tmp_path), units_of(source)[1:]
+    base = LayerSchemes(IntScheme(4), {f"1.{names[0]}": IntScheme(3, 16), f"0.{names[1]}": IntScheme(16)})
+    tried = ContextWalk(walk, units, base, IntScheme(2), rounding)
+    for index in range(source.num_blocks):
+        tried.block(index, source.block(index), names)
+    schemes = {(index, name): base.of(index, name) for index in range(source.num_blocks) for name in names}
+    for unit, found in zip([Unit(0, ()), *units], walk.divergences(), strict=True):
+        changed = {**schemes, **{(unit.block, name): IntScheme(2) for name in unit.linears}}
+        quantised = {key: scheme for key, scheme in changed.items() if scheme.quantised}
+        assert found == pytest.approx(nats(model, with_rounded(model, quantised)), rel=1e-2)
 
 
 def test_blocks_whose_errors_are_known_are_passed_and_change_nothing(tmp_path: Path) -> None:

@@ -115,19 +115,25 @@ def test_nothing_to_choose() -> None:
 
 def test_scores_are_harm_where_it_was_measured_and_grow_as_errors_do() -> None:
     errors, harm = [[8.0, 2.0, 1.0], [4.0, 1.0, 0.5], [40.0, 10.0, 5.0]], [4.0, 3.0, 18.0]
-    assert scores(errors, harm, 1, 0.5, 4.0) == [[16.0, 4.0, 2.0], [12.0, 3.0, 1.5], [72.0, 18.0, 9.0]]
+    assert scores(errors, harm, [2.0, 1.0, 10.0], 0.5, 4.0) == [[16.0, 4.0, 2.0], [12.0, 3.0, 1.5], [72.0, 18.0, 9.0]]
 
 
 def test_what_is_far_from_usual_is_bounded() -> None:
     errors, harm = [[2.0, 1.0]] * 5, [3.0, 3.0, 3.0, 1000.0, 0.0]
-    assert scores(errors, harm, 1, 0.5, 4.0)[2:] == [[6.0, 3.0], [24.0, 12.0], [3.0, 1.5]]
-    assert scores(errors, harm, 1, 1.0, 1.0) == [[6.0, 3.0]] * 5
+    assert scores(errors, harm, [1.0] * 5, 0.5, 4.0)[2:] == [[6.0, 3.0], [24.0, 12.0], [3.0, 1.5]]
+    assert scores(errors, harm, [1.0] * 5, 1.0, 1.0) == [[6.0, 3.0]] * 5
 
 
 def test_a_unit_without_error_or_harm_still_tells_its_candidates_apart() -> None:
     """As where weights lie on the grid of the reference already."""
-    assert scores([[1.0, 0.0], [1.0, 0.5], [1.0, 0.5]], [0.0, 1.0, 1.0], 1, 0.5, 4.0)[0] == [1.0, 0.0]
-    assert scores([[1.0, 0.5]], [0.0], 1, 0.5, 4.0) == [[0.5, 0.25]]
+    errors = [[1.0, 0.0], [1.0, 0.5], [1.0, 0.5]]
+    assert scores(errors, [0.0, 1.0, 1.0], [0.0, 0.5, 0.5], 0.5, 4.0)[0] == [1.0, 0.0]
+    assert scores([[1.0, 0.5]], [0.0], [0.5], 0.5, 4.0) == [[0.5, 0.25]]
+
+
+def test_errors_count_where_harm_is_mere_luck() -> None:
+    """Among rounded units, rounding one more coarsely may even help."""
+    assert scores([[2.0, 1.0]] * 3, [-1.0, -2.0, 1.0], [1.0] * 3, 0.5, 4.0)[0] == [1.0, 0.5]
 
 
 @pytest.mark.parametrize(

@@ -280,8 +280,8 @@ def test_cpu_tensors_go_to_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_twin_is_the_fake_quantised_weight() -> None:
     base, learnt = problem((4, 48, 16), "", dtype=torch.float32)
     groups = affine.grouped(base, 16)
-    scale, zero = affine.scale_and_zero(*affine.weight_range(groups), 4, False)
-    expected = affine.ungrouped(affine.fake_quantize(groups, scale, zero, 4), 48)
+    scale, zero = affine.scale_and_zero(*affine.weight_range(groups), 16, False)
+    expected = affine.ungrouped(affine.fake_quantize(groups, scale, zero, 16), 48)
     out = fold_and_round_reference(base, *learnt.values(), levels=16, group=16, symmetric=False, dtype=torch.float32)
     assert torch.equal(out, expected)
 

@@ -96,7 +96,7 @@ def test_factors_multiply_what_the_codes_stand_for(scheme: IntScheme, rank: int)
 
 def test_factors_that_float16_does_not_hold_are_its_largest() -> None:
     w = torch.randn(2, 8)
-    tensors = packed_tensors(*encoded(w, SCHEMES[0]), 2, (torch.full((2, 1), -1e6), torch.ones(1, 8)))
+    tensors = packed_tensors(*encoded(w, SCHEMES[0]), SCHEMES[0].levels, (torch.full((2, 1), -1e6), torch.ones(1, 8)))
     assert (tensors["left"].view(torch.float16) == -65504).all()
 
 
