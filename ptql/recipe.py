@@ -13,6 +13,9 @@ UNQUANTISED = 16
 """The bit width that means: leave this tensor as it is."""
 
 
+MOST_SALIENT = 0.9
+"""Share of the input channels; with more, bits of all channels say it better."""
+
 FIVE = 5
 """Levels of ABQ-LLM's bit balance: -2, -1, 0, 1, 2."""
 
@@ -34,12 +37,17 @@ class IntScheme:
         symmetric: No zero point: the range is the same on both sides of zero.
         balanced: With 2 bits: five levels in place of four, symmetric -2 to 2 (ABQ-LLM's bit balance, its W2*).
             Stored in 2.33 bits a code, and called 2b, not 2.
+        salient: With 1 bit: the share of input channels, those with the largest inputs, whose weights have
+            `salient_bits`; of all others the sign is stored (PTQ1.61, where it is 0.2). None for codes of 1 bit.
+        salient_bits: Width of their codes, 2 to 8.
     """
 
     bits: int = 4
     group_size: int = -1
     symmetric: bool = False
     balanced: bool = False
+    salient: float | None = None
+    salient_bits: int = 4
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "weight", fewest=1)
@@ -54,6 +62,22 @@ class IntScheme:
             raise InputError(f"balanced=true with bits={self.bits}: it is a kind of 2 bits; use bits: 2, or false")
         if self.bits == 1 and self.symmetric:
             raise InputError("bits=1, symmetric=true: a middle code and one other hold no sign; use symmetric: false")
+        if self.salient is not None:
+            self._check_salient(self.salient)
+
+    def _check_salient(self, share: float) -> None:
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= MOST_SALIENT:
+            raise InputError(
+                f"salient={share}: a share of the input channels from 0 to {MOST_SALIENT} is needed; 0.2 is usual, null "
+                "is for codes that are all alike"
+            )
+        if (self.bits, self.group_size) != (1, -1):
+            raise InputError(
+                f"salient={share} with bits={self.bits}, group_size={self.group_size}: signs are 1 bit, and a row has "
+                "one scale; use bits: 1 and group_size: -1, or salient: null"
+            )
+        if type(self.salient_bits) is not int or not 2 <= self.salient_bits <= 8:
+            raise InputError(f"salient_bits={self.salient_bits}: a whole number from 2 to 8 is supported; 4 is usual")
 
     @property
     def quantised(self) -> bool:
@@ -66,12 +90,20 @@ class IntScheme:
 
     @property
     def name(self) -> str:
-        """Of the bits, as schemes are called: `4`, `2b`."""
+        """Of the bits, as schemes are called: `4`, `2b`; `1.6` where a fifth of the channels has 4 bits, the rest 1."""
+        if self.salient is not None:
+            return f"{self.salient * self.salient_bits + 1 - self.salient:.3g}"
         return f"{self.bits}b" if self.balanced else str(self.bits)
 
     def to_dict(self) -> dict[str, Any]:
-        """Its settings as JSON; `balanced` only where it is on, as older readers do not know it."""
-        return {name: value for name, value in asdict(self).items() if name != "balanced" or value}
+        """Its settings as JSON; `balanced` and `salient` only where they are on, as older readers do not know them."""
+        off = {"balanced": not self.balanced} | dict.fromkeys(("salient", "salient_bits"), self.salient is None)
+        share = None if self.salient is None else float(self.salient)  # a 0 of YAML is no float
+        return {name: value for name, value in {**asdict(self), "salient": share}.items() if not off.get(name)}
+
+    def salient_columns(self, row: int) -> int:
+        """How many of the input channels in a row of `row` columns are salient."""
+        return int(row * (self.salient or 0.0))
 
     def columns(self, row: int) -> int:
         """Columns of a full group in a row of `row` columns."""
@@ -103,7 +135,7 @@ class LayerSchemes:
         return any(scheme.quantised for scheme in (self.default, *self.exceptions.values()))
 
 
-LayerFormat = int | dict[str, int | bool]
+LayerFormat = int | dict[str, int | float | bool | None]
 """What a pattern says of the layers it names: bits, or settings of an `IntScheme`."""
 
 
@@ -128,8 +160,8 @@ def schemes_by_pattern(
         settings = {"bits": given} if isinstance(given, int) else given
         if unknown := set(settings) - {f.name for f in fields(IntScheme)}:
             raise InputError(f"layers: {pattern}: {sorted(unknown)[0]} is no setting of a format; see --model.weight")
-        if "bits" in settings and "balanced" not in settings:
-            settings = {**settings, "balanced": False}
+        if "bits" in settings:  # which makes it another kind, unless more is said
+            settings = {"balanced": False, "salient": None, **settings}
         try:
             scheme = replace(default, **settings)  # type: ignore[arg-type]
         except InputError as error:

@@ -20,7 +20,8 @@ from ptql.nn.attention_probe import AttentionProbe, made_by, watched_attention
 from ptql.nn.student import run_block
 from ptql.nn.transfer import Writer, batches_on
 from ptql.parts.objectives import ATTENTION, AttentionView, Target
-from ptql.parts.transforms import InputRange, Weights
+from ptql.parts.inputs import InputRange
+from ptql.parts.transforms import Weights
 from ptql.shell import Shell
 
 PASS_BYTES = 64 * 2**20  # of float32 hidden states that a pass without gradients takes at a time: a GPU is busy then

@@ -319,10 +319,12 @@ class BlockTask(LightningModule):
         self.skipped_steps = state["skipped_steps"]
 
     def configure_optimizers(self) -> Optimizer:
-        parts: list[Any] = [*self.transforms, *self.quantizers.values()]
         by_rate: dict[float, list[nn.Parameter]] = {}
+        parts: list[Any] = [*self.transforms, *self.quantizers.values()]
         for part in parts:
-            by_rate.setdefault(part.lr, []).extend(p for p in part.parameters() if p.requires_grad)
+            for name, p in part.named_parameters():
+                if p.requires_grad:
+                    by_rate.setdefault(part.rate(name), []).append(p)
         return self._optimizer([{"params": ps, "lr": lr} for lr, ps in by_rate.items() if ps])
 
 

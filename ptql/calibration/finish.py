@@ -13,7 +13,7 @@ from ptql.calibration.ledger import BlockRecord
 from ptql.calibration.statistics import observe_inputs
 from ptql.families import BlockLayout
 from ptql.parts.objectives import all_terms, total
-from ptql.parts.transforms import InputRange
+from ptql.parts.inputs import InputRange
 
 
 def finish_block(
@@ -53,7 +53,9 @@ def finish_block(
         kept.summary |= {"loss_learned": task.best_loss, "best_epoch": task.best_epoch}
         kept.summary["epoch_losses"] = [float(f"{loss:.6g}") for loss in task.epoch_losses]
     kept.summary["layers"] = task.weight_errors(kept.stored)
-    kept.ranges |= {f"before.{group[0]}": before[group[0]].absmax for group in layout.linears}
+    for group in layout.linears:
+        kept.ranges[f"before.{group[0]}"] = before[group[0]].absmax
+        kept.ranges[f"mean.{group[0]}"] = before[group[0]].mean
     return kept, output
 
 

@@ -33,7 +33,8 @@ class BlockRecord:
         stored: What is stored of it, packed, by name in the block.
         learned: Learnables by name.
         ranges: Largest |input| of each channel, [in], `before.LINEAR` in the full-precision block and
-            `after.LINEAR` in the quantised one (smoothed, not rounded), for the first of the layers that share it.
+            `after.LINEAR` in the quantised one (smoothed, not rounded), for the first of the layers that share it;
+            `mean.LINEAR`: mean |input| in the full-precision block.
         summary: Losses, errors, seconds and what happened; JSON values.
         resumed: Whether an earlier process finished it.
     """

@@ -23,7 +23,8 @@ from ptql.nn.student import biased_linears, keep_narrow, make_student, weights_o
 from ptql.parts import settings
 from ptql.parts.activations import ActivationQuantizer, DynamicTokens, TokenRounding
 from ptql.parts.objectives import Objective, Reconstruction
-from ptql.parts.transforms import AddedBiases, BlockFacts, InputRange, Transform
+from ptql.parts.inputs import InputRange
+from ptql.parts.transforms import AddedBiases, BlockFacts, Transform
 from ptql.parts.weights import Affine, WeightQuantizer
 from ptql.recipe import ActivationScheme, IntScheme, LayerFormat, LayerSchemes, schemes_by_pattern
 
@@ -86,6 +87,11 @@ class QuantLM(LightningModule):
         self.transforms = [t for t in transforms or [] if t.applies(weight, activation)]
         self.weight_quantizer = weight_quantizer or Affine()
         self.activation_quantizer = activation_quantizer or DynamicTokens()
+        if self.transforms and not self.weight_quantizer.takes_transforms:
+            raise InputError(
+                f"transforms: {type(self.transforms[0]).__name__} with {type(self.weight_quantizer).__name__}, whose "
+                "constants are those of the weights as they are; leave the transforms out: []"
+            )
         self.objective = objective or Reconstruction()
         self.optimizer = optimizer
         self.published = None if published is None else Published.read(Path(published))
@@ -111,6 +117,7 @@ class QuantLM(LightningModule):
             for name in source.layout.names
         }
         self.layer_schemes = schemes_by_pattern(self.weight, self.layers, names)
+        self.weight_quantizer.check(self.layer_schemes)
         return source
 
     def identity(self) -> dict[str, Any]:
@@ -196,7 +203,7 @@ class QuantLM(LightningModule):
         facts = BlockFacts(source.layout, weights, ranges, index, source.num_blocks)
         schemes = {name: self.layer_schemes.of(index, name) for name in source.layout.names}
         quantizers = {
-            name: self.weight_quantizer.for_linear(name, weights[f"{name}.weight"], scheme)
+            name: self.weight_quantizer.for_linear(name, weights[f"{name}.weight"], scheme, ranges.get(name))
             for name, scheme in schemes.items()
             if scheme.quantised
         }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ptql.calibration.ranks import Ranks
 from ptql.families import BlockLayout
-from ptql.parts.transforms import InputRange
+from ptql.parts.inputs import InputRange
 
 MOMENTUM = 0.99  # of the running mid-range over samples: OmniQuant's activation shift
 
@@ -22,15 +22,18 @@ class _Observer:
         self.tokens = tokens
         self.low = self.high = None
         self.middles: list[Tensor] = []
+        self.means: list[Tensor] = []
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         samples = args[0].reshape(-1, self.tokens, args[0].shape[-1])  # OPT hands its MLP flattened tokens
-        lows, highs = torch.aminmax(samples.float(), dim=1)
+        samples = samples.float()
+        lows, highs = torch.aminmax(samples, dim=1)
         low, high = lows.amin(0), highs.amax(0)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
         self.middles.append((lows + highs) / 2)
+        self.means.append(samples.abs().mean(1))
 
     def range(self, ranks: Ranks) -> InputRange:
         assert self.low is not None
@@ -39,7 +42,8 @@ class _Observer:
         for sample in ranks.interleaved(torch.cat(self.middles)):  # in the order in which one process sees them
             middle = sample if middle is None else MOMENTUM * middle + (1 - MOMENTUM) * sample
         assert middle is not None
-        return InputRange(ranks.smallest(self.low), ranks.largest(self.high), middle)
+        mean = ranks.interleaved(torch.cat(self.means)).mean(0)
+        return InputRange(ranks.smallest(self.low), ranks.largest(self.high), middle, mean)
 
 
 @contextmanager

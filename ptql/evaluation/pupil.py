@@ -88,7 +88,8 @@ class Pupil:
         for part in self.task.transforms:
             part.lr = lesson.lr or part.lr  # type: ignore[assignment]
         for part in self.task.quantizers.values():
-            part.lr = lesson.weight_lr or part.lr  # type: ignore[assignment]
+            if lesson.weight_lr:
+                part.set_rate(lesson.weight_lr)  # type: ignore[operator]
         self._step: Step | _PlainStep | None = None
 
     def weights(self) -> Weights:

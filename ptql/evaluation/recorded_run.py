@@ -19,7 +19,7 @@ from ptql.checkpoint import Checkpoint, resolve
 from ptql.errors import InputError
 from ptql.evaluation.results import read_metrics
 from ptql.parse_errors import told_as_input
-from ptql.parts.transforms import InputRange
+from ptql.parts.inputs import InputRange
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
@@ -95,11 +95,12 @@ class RecordedRun:
                 )
 
     def ranges(self, record: BlockRecord, device: torch.device) -> dict[str, InputRange]:
-        """Ranges in the full-precision block, by linear layer, as far as the record tells: largest absolute values."""
+        """Ranges in the full-precision block, by linear layer, as far as the record tells: magnitudes."""
         found = {}
         for group in self.source.layout.linears:
             absmax: Tensor = record.ranges[f"before.{group[0]}"].to(device)
-            found |= dict.fromkeys(group, InputRange(-absmax, absmax, torch.zeros_like(absmax)))
+            mean = record.ranges[f"mean.{group[0]}"].to(device)
+            found |= dict.fromkeys(group, InputRange(-absmax, absmax, torch.zeros_like(absmax), mean))
         return found
 
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from ptql.checkpoint import BITS, Checkpoint
 from ptql.formats.ptql import PackedFormat, prepare_block
-from ptql.nn.packed_linear import PackedLinear
+from ptql.nn.packed_linear import Packed
 
 
 def model_size(model: Path, source: Checkpoint) -> dict[str, float | int]:
@@ -77,7 +77,7 @@ def layer_sizes(source: Checkpoint, fmt: PackedFormat) -> dict[str, LayerSize]:
 
 def _bits_of(layer: torch.nn.Module, dense: torch.dtype) -> int:
     """Of its tensors as `BlockTask.encode` gives them: biases are float16 where the matrix is packed."""
-    floats = {"weight": dense, "bias": torch.float16 if isinstance(layer, PackedLinear) else torch.float32}
+    floats = {"weight": dense, "bias": torch.float16 if isinstance(layer, Packed) else torch.float32}
     return sum(
         tensor.numel() * 8 * (floats[name] if tensor.is_floating_point() else tensor.dtype).itemsize
         for name, tensor in layer.state_dict().items()

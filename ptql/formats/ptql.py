@@ -11,15 +11,16 @@ from torch import nn
 from ptql import __version__
 from ptql.errors import InputError
 from ptql.nn.attention import CACHE_ROUNDING, QUERY_ROUNDING
-from ptql.nn.packed_linear import PackedLinear
-from ptql.nn.quant_linear import QuantLinear, ShiftedNorm
+from ptql.nn.packed_linear import Packed, PackedLinear
+from ptql.nn.quant_linear import QuantLinear, Rounding, ShiftedNorm
+from ptql.nn.salient_linear import SalientLinear
 from ptql.parts.activations.dynamic import TokenRounding
 from ptql.recipe import UNQUANTISED, ActivationScheme, IntScheme, LayerSchemes
 
 QUANT_METHOD = "ptql"
-VERSIONS = (1, 2, 3)
-"""Of the format: 2 has factors; 3 has layers of other formats, five levels, one bit, and the cache's bits apart. Each
-is written only where it is needed, so that older readers have the others."""
+VERSIONS = (1, 2, 3, 4)
+"""Of the format: 2 has factors; 3 has layers of other formats, five levels, one bit, and the cache's bits apart; 4 has
+signs beside salient channels. Each is written only where it is needed, so that older readers have the others."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class PackedFormat:
     def version(self) -> int:
         """The lowest that holds all that it says."""
         kinds = (self.weight, *self.layers.values())
+        if any(s.salient is not None for s in kinds):
+            return 4
         if self.layers or self.activation.kv_bits is not None or any(s.balanced or s.bits == 1 for s in kinds):
             return 3
         return 2 if self.factor_rank else 1
@@ -158,16 +161,7 @@ def prepare_block(block: nn.Module, fmt: PackedFormat, index: int) -> None:
             linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
         scheme = fmt.schemes.of(index, name)
         if scheme.quantised:
-            new: nn.Module = PackedLinear(
-                linear.in_features,
-                linear.out_features,
-                scheme,
-                bias=linear.bias is not None,
-                rounding=rounding,
-                device=linear.weight.device,
-                dtype=linear.weight.dtype,
-                factor_rank=fmt.factor_rank,
-            )
+            new: nn.Module = _packed(linear, scheme, rounding, fmt.factor_rank)
         else:
             new = QuantLinear(linear.weight, linear.bias, rounding)
         block.set_submodule(name, new)
@@ -179,9 +173,23 @@ def prepare_block(block: nn.Module, fmt: PackedFormat, index: int) -> None:
             setattr(attention, which, TokenRounding(bits))
 
 
+def _packed(linear: nn.Linear, scheme: IntScheme, rounding: Rounding | None, factor_rank: int) -> Packed:
+    """An empty layer of this format in the place of `linear`."""
+    given: dict[str, Any] = {
+        "in_features": linear.in_features,
+        "out_features": linear.out_features,
+        "scheme": scheme,
+        "bias": linear.bias is not None,
+        "rounding": rounding,
+        "device": linear.weight.device,
+        "dtype": linear.weight.dtype,
+    }
+    return PackedLinear(**given, factor_rank=factor_rank) if scheme.salient is None else SalientLinear(**given)
+
+
 def unpack_block(block: nn.Module) -> None:
-    """Swap every `PackedLinear` of a block, in place, for its dense float32 twin."""
-    packed = [(name, module) for name, module in block.named_modules() if isinstance(module, PackedLinear)]
+    """Swap every packed layer of a block, in place, for its dense float32 twin."""
+    packed = [(name, module) for name, module in block.named_modules() if isinstance(module, Packed)]
     for name, module in packed:
         block.set_submodule(name, module.to_dense())
 
@@ -213,6 +221,8 @@ def _scheme(stored: Mapping[str, Any], key: str) -> IntScheme:
         group_size=_take(found, "group_size", int),
         symmetric=_take(found, "symmetric", bool),
         balanced="balanced" in found and _take(found, "balanced", bool),
+        salient=_take(found, "salient", float) if "salient" in found else None,
+        salient_bits=_take(found, "salient_bits", int) if "salient" in found else 4,
     )
 
 

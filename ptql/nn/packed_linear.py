@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
@@ -30,15 +32,15 @@ def packed_tensors(
 ) -> dict[str, Tensor]:
     """What is stored of one linear layer, from the result of `affine.encode` and the factors that multiply it, if
     there are any; keys as in `PackedLinear`."""
-    stored = {"codes": pack_levels(codes, levels), "scale": _stored_half(scale)}
+    stored = {"codes": pack_levels(codes, levels), "scale": stored_half(scale)}
     if zero is not None:
         stored["zero"] = pack_levels(zero, levels)
     if factors is not None:
-        stored |= {name: _stored_half(tensor) for name, tensor in zip(("left", "right"), factors, strict=True)}
+        stored |= {name: stored_half(tensor) for name, tensor in zip(("left", "right"), factors, strict=True)}
     return stored
 
 
-def _stored_half(tensor: Tensor) -> Tensor:
+def stored_half(tensor: Tensor) -> Tensor:
     """Rounded to float16, as its bits."""
     return tensor.detach().clamp(-LARGEST_HALF, LARGEST_HALF).to(torch.float16).contiguous().view(STORED_HALF)
 
@@ -65,7 +67,57 @@ def dense_from_packed(
     return rounded * factor(*(tensors[name].view(torch.float16).float() for name in ("left", "right")))
 
 
-class PackedLinear(nn.Module):
+class Packed(nn.Module, ABC):
+    """A linear layer that holds its weight in some packed form, with a float bias if there is one.
+
+    Args:
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+        scheme: Format of the weight.
+        bias: Whether there is a bias, a float parameter.
+        rounding: Applied to the input, or None.
+        device: Of the bias.
+        dtype: Of the bias.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: IntScheme,
+        bias: bool,
+        rounding: Rounding | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = scheme
+        self.rounding = rounding
+        start = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+        self.bias = None if start is None else nn.Parameter(start, requires_grad=False)
+
+    @abstractmethod
+    def dense_weight(self) -> Float[Tensor, "out in"]:
+        """The weight in float32."""
+
+    def to_dense(self) -> QuantLinear:
+        """The same layer unpacked once, weight and bias in float32: large, fast."""
+        return QuantLinear(
+            self.dense_weight(), None if self.bias is None else self.bias.detach().float(), self.rounding
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.rounding is None else self.rounding(x)
+        return F.linear(x, self.dense_weight().to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        size = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{size}, scheme={self.scheme}, rounding={self.rounding}"
+
+
+class PackedLinear(Packed):
     """A linear layer on packed weights, which are unpacked at every call: small, not fast.
 
     Buffers: `codes` uint8 [out, ceil(in * bits / 8)], or as five levels are packed; `scale` int16 [out, g], the bits of
@@ -100,11 +152,7 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype | None = None,
         factor_rank: int = 0,
     ) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.scheme = scheme
-        self.rounding = rounding
+        super().__init__(in_features, out_features, scheme, bias, rounding, device, dtype)
         groups = scheme.groups(in_features)
 
         def zeros(columns: int, kind: torch.dtype, rows: int = out_features) -> Tensor:
@@ -116,23 +164,6 @@ class PackedLinear(nn.Module):
         self.register_buffer("zero", points)
         self.register_buffer("left", zeros(factor_rank, STORED_HALF) if factor_rank else None)
         self.register_buffer("right", zeros(in_features, STORED_HALF, factor_rank) if factor_rank else None)
-        start = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
-        self.bias = None if start is None else nn.Parameter(start, requires_grad=False)
 
     def dense_weight(self) -> Float[Tensor, "out in"]:
-        """The weight in float32."""
         return dense_from_packed(dict(self.named_buffers()), self.in_features, self.scheme)
-
-    def to_dense(self) -> QuantLinear:
-        """The same layer unpacked once, weight and bias in float32: large, fast."""
-        return QuantLinear(
-            self.dense_weight(), None if self.bias is None else self.bias.detach().float(), self.rounding
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x if self.rounding is None else self.rounding(x)
-        return F.linear(x, self.dense_weight().to(x.dtype), self.bias)
-
-    def extra_repr(self) -> str:
-        size = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{size}, scheme={self.scheme}, rounding={self.rounding}"

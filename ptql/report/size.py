@@ -56,7 +56,7 @@ def kind_of(name: str, packed: dict[str, Any]) -> str:
     layer, _, part = inner.rpartition(".")
     if not isinstance(linears, list) or layer not in linears:
         return KINDS[3]
-    return {"codes": KINDS[0], "weight": KINDS[0], "bias": KINDS[2]}.get(part, KINDS[1])
+    return {"codes": KINDS[0], "signs": KINDS[0], "weight": KINDS[0], "bias": KINDS[2]}.get(part, KINDS[1])
 
 
 def _words(run: RunFiles) -> str:

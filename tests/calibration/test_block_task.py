@@ -25,7 +25,8 @@ from ptql.checkpoint import Checkpoint
 from ptql.functional.losses import mean_squared_error
 from ptql.nn.student import call_block, run_block, weights_of
 from ptql.parts.objectives import Objective, Reconstruction, Target, Targets
-from ptql.parts.transforms import InputRange, Smooth
+from ptql.parts.inputs import InputRange
+from ptql.parts.transforms import Smooth
 from ptql.parts.weights import Affine
 from ptql.recipe import ActivationScheme, IntScheme
 from tests.models import llama_config, opt_config, random_model, save, some_ids
@@ -555,7 +556,7 @@ def test_the_ranges_are_those_before_and_after_smoothing(prepare: Prepare) -> No
     made = prepare(transforms=[Smooth(initial="ones", shift="none")])
     finished = made.finish()
     firsts = {group[0] for group in made.source.layout.linears}
-    assert finished.ranges.keys() == {f"{when}.{name}" for name in firsts for when in ("before", "after")}
+    assert finished.ranges.keys() == {f"{when}.{name}" for name in firsts for when in ("before", "after", "mean")}
     hidden = made.streams.quantised  # of block 0: the embeddings, in both streams
     norm = made.source.block(0).get_submodule("input_layernorm")
     close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)

@@ -13,7 +13,7 @@ from ptql.calibration.ranks import Ranks
 from ptql.calibration.statistics import observe_inputs
 from ptql.families import BlockLayout, family_of
 from ptql.nn.student import run_block
-from ptql.parts.transforms import InputRange
+from ptql.parts.inputs import InputRange
 from tests.models import block_calls, blocks_of, llama_config, opt_config, random_model, some_ids
 
 CONFIGS: dict[str, PretrainedConfig] = {"llama": llama_config(), "opt": opt_config()}
@@ -78,6 +78,8 @@ def test_ranges_are_loops_over_samples_and_tokens(seen: Seen) -> None:
         assert found.middle.tolist() == pytest.approx(middle, rel=1e-4, abs=1e-5)
         absmax = [max(abs(a), abs(b)) for a, b in zip(low, high, strict=True)]
         assert found.absmax.tolist() == absmax
+        mean = seen.inputs[name].double().abs().mean((0, 1)).tolist()
+        assert found.mean.tolist() == pytest.approx(mean, rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])

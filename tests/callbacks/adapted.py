@@ -20,7 +20,7 @@ from ptql.calibration.tokens import consecutive_windows, load_tokenizer, tokeniz
 from ptql.checkpoint import Checkpoint
 from ptql.evaluation.recorded_run import RecordedRun
 from ptql.nn.student import call_block, run_block
-from ptql.parts.transforms import InputRange
+from ptql.parts.inputs import InputRange
 from ptql.recipe import UNQUANTISED, ActivationScheme
 from tests.words import save_source, save_text
 
@@ -116,7 +116,7 @@ class ByHand:
         model, source = self.recorded.model, self.source
         block = source.block(index)
         ones = {name: torch.ones(block.get_submodule(name).in_features) for name in source.layout.names}
-        ranges = {name: InputRange(-one, one, 0 * one) for name, one in ones.items()}
+        ranges = {name: InputRange(-one, one, 0 * one, one) for name, one in ones.items()}
         rounded = ActivationScheme(UNQUANTISED) if self.rlq else None
         student = model.student(block, source, rounded)
         task = model.block_task(index, student, source, ranges, self.contexts[index])

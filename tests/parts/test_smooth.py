@@ -20,7 +20,8 @@ from ptql.functional.scaled import Scaled
 from ptql.nn.quant_linear import ShiftedNorm
 from ptql.nn.student import biased_linears, call_block, make_student, run_block, weights_of
 from ptql.parts.activations import DynamicTokens
-from ptql.parts.transforms import BlockFacts, InputRange, Smooth, TransformState, Weights
+from ptql.parts.inputs import InputRange
+from ptql.parts.transforms import BlockFacts, Smooth, TransformState, Weights
 from ptql.parts.transforms.smooth import Shift, Site
 from ptql.recipe import ActivationScheme, IntScheme
 from tests.models import CONFIGS, FAMILIES, block_calls, blocks_of, exact, opt_config, random_model, some_ids
@@ -55,7 +56,7 @@ def some_ranges(layout: BlockLayout, weights: dict[str, Tensor]) -> dict[str, In
     for group in layout.linears:
         columns = weights[f"{group[0]}.weight"].shape[1]
         middle, width = torch.randn(columns).double(), torch.rand(columns).double() + 0.1
-        ranges |= dict.fromkeys(group, InputRange(middle - width, middle + width, middle))
+        ranges |= dict.fromkeys(group, InputRange(middle - width, middle + width, middle, width))
     return ranges
 
 

@@ -1,5 +1,5 @@
-from ptql.parts.transforms.base import AddedBiases, BlockFacts, InputRange, Transform, TransformState, Weights
+from ptql.parts.transforms.base import AddedBiases, BlockFacts, Transform, TransformState, Weights
 from ptql.parts.transforms.compensate import Compensate
 from ptql.parts.transforms.smooth import Smooth
 
-__all__ = ["AddedBiases", "BlockFacts", "Compensate", "InputRange", "Smooth", "Transform", "TransformState", "Weights"]
+__all__ = ["AddedBiases", "BlockFacts", "Compensate", "Smooth", "Transform", "TransformState", "Weights"]

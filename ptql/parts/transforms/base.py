@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ptql.families import BlockLayout
 from ptql.functional.scaled import Scaled
+from ptql.parts.inputs import InputRange
 from ptql.recipe import ActivationScheme, IntScheme
 
 Matrix = Tensor | Scaled
@@ -17,25 +18,6 @@ Matrix = Tensor | Scaled
 
 Weights = dict[str, Any]
 """Every parameter of a block by its name in the block: tensors, or `Scaled` for the matrices of linear layers."""
-
-
-@dataclass(frozen=True)
-class InputRange:
-    """What one pass of the full-precision block saw at the input of a linear layer, per channel: each [in].
-
-    Args:
-        low: Smallest value.
-        high: Largest value.
-        middle: Running mean over samples (0.99 old + 0.01 new) of a sample's mid-range.
-    """
-
-    low: Tensor
-    high: Tensor
-    middle: Tensor
-
-    @property
-    def absmax(self) -> Tensor:
-        return self.low.abs().maximum(self.high.abs())
 
 
 @dataclass(frozen=True)
@@ -78,6 +60,10 @@ class TransformState(nn.Module, ABC):
     @abstractmethod
     def forward(self, weights: Weights) -> Weights:
         """New weights, differentiable in the learnables; the given dictionary is not changed."""
+
+    def rate(self, name: str) -> float:
+        """Learning rate of the parameter `name`."""
+        return self.lr
 
     def project(self) -> None:
         """Bring the learnables back to where they are allowed; called before each step."""

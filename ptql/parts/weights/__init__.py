@@ -1,4 +1,5 @@
 from ptql.parts.weights.affine import Affine
 from ptql.parts.weights.base import LinearQuantizer, WeightQuantizer
+from ptql.parts.weights.salient_binary import SalientBinary
 
-__all__ = ["Affine", "LinearQuantizer", "WeightQuantizer"]
+__all__ = ["Affine", "LinearQuantizer", "SalientBinary", "WeightQuantizer"]

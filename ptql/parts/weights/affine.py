@@ -16,6 +16,7 @@ from ptql.functional.scaled import Scaled
 from ptql.kernels.weights import fold_and_round
 from ptql.nn.packed_linear import dense_from_packed, packed_tensors
 from ptql.parts import check_learning_rate
+from ptql.parts.inputs import InputRange
 from ptql.parts.weights.base import LinearQuantizer, WeightQuantizer
 from ptql.recipe import IntScheme
 
@@ -62,7 +63,9 @@ class Affine(WeightQuantizer):
     def begins_on_weights(self) -> bool:  # type: ignore[override]
         return self.clip and self.initial == "search"
 
-    def for_linear(self, name: str, weight: Tensor, scheme: IntScheme) -> LinearQuantizer:
+    def for_linear(
+        self, name: str, weight: Tensor, scheme: IntScheme, inputs: InputRange | None = None
+    ) -> LinearQuantizer:
         initial = None if not self.clip else USUAL if self.initial == "search" else self.initial
         return AffineLinear(weight.shape[0], weight.shape[1], scheme, initial, self.lr, self.factor_rank)
 

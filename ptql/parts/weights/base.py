@@ -6,15 +6,25 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from ptql.errors import InputError
 from ptql.functional.buffers import write_into
 from ptql.functional.scaled import Scaled
-from ptql.recipe import IntScheme
+from ptql.parts.inputs import InputRange
+from ptql.recipe import IntScheme, LayerSchemes
 
 
 class LinearQuantizer(nn.Module, ABC):
     """The quantiser of one matrix: its learnables, their learning rate, and the rounding."""
 
     lr: float
+
+    def rate(self, name: str) -> float:
+        """Learning rate of the parameter `name`."""
+        return self.lr
+
+    def set_rate(self, lr: float) -> None:
+        """Let all that is learned have this learning rate."""
+        self.lr = lr
 
     def begin_on(self, w: Tensor) -> None:
         """Set what is learned by the weights [out, in], as transforms fold them when nothing is learned yet."""
@@ -45,6 +55,20 @@ class WeightQuantizer(ABC):
     factor_rank: int = 0
     """Rank of the factors that are stored beside the codes, as `PackedLinear` has them; 0 for none."""
 
+    takes_transforms: bool = True
+    """Whether its quantisers give a gradient to weights that transforms fold."""
+
+    def check(self, schemes: LayerSchemes) -> None:
+        """Raise `InputError` unless it can round to these formats."""
+        for scheme in (schemes.default, *schemes.exceptions.values()):
+            if scheme.salient is not None:
+                raise InputError(
+                    f"weight: salient={scheme.salient} with {type(self).__name__}, whose codes are all alike; use the "
+                    "weight quantiser SalientBinary (-c methods/ptq161), or salient: null"
+                )
+
     @abstractmethod
-    def for_linear(self, name: str, weight: Tensor, scheme: IntScheme) -> LinearQuantizer:
-        """The quantiser of the matrix `name`, [out, in], at its initial state."""
+    def for_linear(
+        self, name: str, weight: Tensor, scheme: IntScheme, inputs: InputRange | None = None
+    ) -> LinearQuantizer:
+        """The quantiser of the matrix `name`, [out, in], at its initial state; `inputs` where they were observed."""

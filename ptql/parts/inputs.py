@@ -1,0 +1,28 @@
+"""What is known of the inputs of a linear layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InputRange:
+    """What one pass of the full-precision block saw at the input of a linear layer, per channel: each [in].
+
+    Args:
+        low: Smallest value.
+        high: Largest value.
+        middle: Running mean over samples (0.99 old + 0.01 new) of a sample's mid-range.
+        mean: Mean magnitude over all tokens.
+    """
+
+    low: Tensor
+    high: Tensor
+    middle: Tensor
+    mean: Tensor
+
+    @property
+    def absmax(self) -> Tensor:
+        return self.low.abs().maximum(self.high.abs())
