@@ -23,7 +23,7 @@ from pathlib import Path
 
 COMMAND = [sys.executable, str(Path(__file__).parents[1] / "cli.py"), "fit"]
 SETTINGS = (
-    *("-c", "methods/lrquant", "-c", "schemes/w4a4", "--data.samples", "16", "--data.length", "96"),
+    *("--data.samples", "16", "--data.length", "96"),
     *("--trainer.max_epochs", "8", "--trainer.accelerator", "cpu"),
     *("--trainer.callbacks", "ptql.callbacks.BlockCheckpoint", "--trainer.callbacks.every_seconds", "0"),
 )
@@ -37,16 +37,18 @@ class Small:
         source: Model directory.
         text: To calibrate on.
         processes: 1, or several on this machine (gloo).
+        recipe: Method and scheme, and settings that differ.
     """
 
     source: Path
     text: str
     processes: int = 1
+    recipe: tuple[str, ...] = ("-c", "methods/lrquant", "-c", "schemes/w4a4")
 
     def command(self, run: Path) -> list[str]:
         places = ("--model.source", str(self.source), "--data.text", self.text, "--trainer.default_root_dir", str(run))
         spread = ("--trainer.devices", str(self.processes), "--trainer.strategy", "ddp") if self.processes > 1 else ()
-        return [*COMMAND, *SETTINGS, *places, *spread, "--data.batch_size", str(4 // self.processes)]
+        return [*COMMAND, *self.recipe, *SETTINGS, *places, *spread, "--data.batch_size", str(4 // self.processes)]
 
 
 @dataclass(frozen=True)

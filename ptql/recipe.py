@@ -68,8 +68,8 @@ class IntScheme:
     def _check_salient(self, share: float) -> None:
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= MOST_SALIENT:
             raise InputError(
-                f"salient={share}: a share of the input channels from 0 to {MOST_SALIENT} is needed; 0.2 is usual, null "
-                "is for codes that are all alike"
+                f"salient={share}: a share of the input channels from 0 to {MOST_SALIENT} is needed; 0.2 is usual, "
+                "null is for codes that are all alike"
             )
         if (self.bits, self.group_size) != (1, -1):
             raise InputError(

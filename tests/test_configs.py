@@ -84,7 +84,9 @@ def test_a_scheme_has_the_numbers_of_its_name_and_of_its_comment(scheme: str) ->
     of_activations = "not quantised" if activation == 16 else f"{activation} bits, dynamic per token"
     of_weights = f"{weight.bits} bits, {of_groups}, asymmetric"
     if weight.salient is not None:
-        assert path.read_text().startswith("# Weights: 4 bits in a fifth of the input channels, the sign of all others;")
+        assert path.read_text().startswith(
+            "# Weights: 4 bits in a fifth of the input channels, the sign of all others;"
+        )
         return
     if weight.balanced:
         of_weights = f"five levels, -2 to 2 (ABQ-LLM's bit balance), 2.33 bits, {of_groups}"

@@ -19,8 +19,8 @@ from ptql.families import BlockLayout
 from ptql.nn.attention_probe import AttentionProbe, made_by, watched_attention
 from ptql.nn.student import run_block
 from ptql.nn.transfer import Writer, batches_on
-from ptql.parts.objectives import ATTENTION, AttentionView, Target
 from ptql.parts.inputs import InputRange
+from ptql.parts.objectives import ATTENTION, AttentionView, Target
 from ptql.parts.transforms import Weights
 from ptql.shell import Shell
 

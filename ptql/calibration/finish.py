@@ -12,8 +12,8 @@ from ptql.calibration.block_task import BlockTask
 from ptql.calibration.ledger import BlockRecord
 from ptql.calibration.statistics import observe_inputs
 from ptql.families import BlockLayout
-from ptql.parts.objectives import all_terms, total
 from ptql.parts.inputs import InputRange
+from ptql.parts.objectives import all_terms, total
 
 
 def finish_block(

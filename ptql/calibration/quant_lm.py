@@ -22,8 +22,8 @@ from ptql.nn.attention_probe import attach_probe
 from ptql.nn.student import biased_linears, keep_narrow, make_student, weights_of
 from ptql.parts import settings
 from ptql.parts.activations import ActivationQuantizer, DynamicTokens, TokenRounding
-from ptql.parts.objectives import Objective, Reconstruction
 from ptql.parts.inputs import InputRange
+from ptql.parts.objectives import Objective, Reconstruction
 from ptql.parts.transforms import AddedBiases, BlockFacts, Transform
 from ptql.parts.weights import Affine, WeightQuantizer
 from ptql.recipe import ActivationScheme, IntScheme, LayerFormat, LayerSchemes, schemes_by_pattern

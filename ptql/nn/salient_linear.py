@@ -72,8 +72,8 @@ class SalientLinear(Packed):
 
     Buffers, the float16 ones as int16, their bits: `signs` uint8 [out, ceil(n / 8)], `gain` and `mean` [out, 1],
     `columns` [1, n]: of channels that are not salient, in their order. Of salient channels, None where there are none:
-    `mask` uint8 [1, ceil(in / 8)] says which they are, `codes` uint8 [out, ceil(s * bits / 8)], `scale` [out, 1], `zero`
-    uint8 [1, ceil(out * bits / 8)]. They are zero until a checkpoint is loaded.
+    `mask` uint8 [1, ceil(in / 8)] says which they are, `codes` uint8 [out, ceil(s * bits / 8)], `scale` [out, 1],
+    `zero` uint8 [1, ceil(out * bits / 8)]. They are zero until a checkpoint is loaded.
 
     Args:
         in_features: Columns of the weight.

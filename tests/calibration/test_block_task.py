@@ -24,8 +24,8 @@ from ptql.calibration.quant_lm import QuantLM
 from ptql.checkpoint import Checkpoint
 from ptql.functional.losses import mean_squared_error
 from ptql.nn.student import call_block, run_block, weights_of
-from ptql.parts.objectives import Objective, Reconstruction, Target, Targets
 from ptql.parts.inputs import InputRange
+from ptql.parts.objectives import Objective, Reconstruction, Target, Targets
 from ptql.parts.transforms import Smooth
 from ptql.parts.weights import Affine
 from ptql.recipe import ActivationScheme, IntScheme

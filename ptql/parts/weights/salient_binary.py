@@ -86,9 +86,7 @@ class SalientBinaryLinear(LinearQuantizer):
     logits of the salient channels' range, where there are any.
     """
 
-    def __init__(
-        self, w: Tensor, scheme: IntScheme, salient: Tensor, rates: dict[str, float], whole_row: bool
-    ) -> None:
+    def __init__(self, w: Tensor, scheme: IntScheme, salient: Tensor, rates: dict[str, float], whole_row: bool) -> None:
         super().__init__()
         self.scheme, self.row, self.whole_row = scheme, w.shape[1], whole_row
         self._rates = rates
