@@ -12,40 +12,42 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.abq import METHODS, SCHEMES, WITHOUT  # noqa: E402
+from benchmarks.abq import METHODS, PLANS, SCHEMES, WITHOUT  # noqa: E402
 from benchmarks.calibration_tables import fill, markdown  # noqa: E402
 from benchmarks.lrquant_tables import listed  # noqa: E402
 from benchmarks.tables import NONE, short  # noqa: E402
 
 Row = dict[str, Any]
+Tables = Mapping[str, tuple[Callable[[list[Row]], str], tuple[str, ...]]]
+"""Each table, and the plans whose rows it shows beside its own."""
 
 
-def read_rows(files: list[Path]) -> list[Row]:
+def read_rows(files: list[Path], plans: Collection[str] = PLANS, writer: str = "benchmarks/abq.py") -> list[Row]:
     """The rows of all files; of the lines of one row on one machine the last counts."""
     rows: dict[tuple[str, str], Row] = {}
     for file in files:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
             try:
                 row = json.loads(line)
-                assert row["plan"] in TABLES
+                assert row["plan"] in plans
                 rows[row["machine"], row["name"]] = row
             except (ValueError, LookupError, TypeError, AssertionError) as error:
-                reason = f"not a line of benchmarks/abq.py ({error!r})"
+                reason = f"not a line of {writer} ({error!r})"
                 raise SystemExit(f"{file}:{number}: {reason}; remove it") from None
     return list(rows.values())
 
 
-def tables(rows: list[Row]) -> dict[str, str]:
+def tables(rows: list[Row], which: Tables | None = None) -> dict[str, str]:
     """Every table that has rows, by name, machine by machine, each after a line that says which; with a newline."""
     made = {}
-    for plan, (table, needs) in TABLES.items():
+    for plan, (table, needs) in (which or TABLES).items():
         parts = []
         for machine in dict.fromkeys(row["machine"] for row in rows if row["plan"] == plan):
             same = [row for row in rows if row["machine"] == machine and row["plan"] in (plan, *needs)]
@@ -152,23 +154,37 @@ def start_table(rows: list[Row]) -> str:
     return plain_table([row for row in rows if (row["scheme"], row["method"]) in runs])
 
 
-TABLES: dict[str, tuple[Callable[[list[Row]], str], tuple[str, ...]]] = {
+TABLES: Tables = {
     "grid": (grid_table, ()),
     "parts": (parts_table, ("grid",)),
     "tasks": (tasks_table, ()),
     "budget": (plain_table, ()),
     "start": (start_table, ("grid",)),
 }
-"""Each table, and the plans whose rows it shows beside its own."""
 
 
 def main(arguments: list[str] | None = None) -> None:
+    run(__doc__, TABLES, PLANS, "benchmarks/abq.py", arguments)
+
+
+def run(
+    doc: str | None, which: Tables, plans: Collection[str], writer: str, arguments: list[str] | None = None
+) -> None:
+    """Print the tables of the files that the command line names, or put them into a page.
+
+    Args:
+        doc: What they are, for --help.
+        which: There are.
+        plans: Whose rows may be in the files.
+        writer: Of the files.
+        arguments: The command line.
+    """
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=form)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--docs", type=Path, metavar="PAGE.md")
     args = parser.parse_args(arguments)
-    made = tables(read_rows(args.files))
+    made = tables(read_rows(args.files, plans, writer), which)
     if args.docs is None:
         print("\n".join(made.values()), end="")
         return
