@@ -113,7 +113,8 @@ def test_settings_of_every_kind(source: Path, text: Path, tmp_path: Path) -> Non
     assert sorted(os.listdir()) == ["ELSE", "cache", "mine.yaml"]
     assert not Path("ELSE/tensorboard").exists()
     config = yaml.safe_load(Path("ELSE/config.yaml").read_text())
-    assert config["model"]["weight"] == {"bits": 5, "group_size": 32, "symmetric": True, "balanced": False}
+    weight = {"bits": 5, "group_size": 32, "symmetric": True, "balanced": False, "salient_bits": 4}
+    assert config["model"]["weight"] == weight
     assert config["model"]["activation"] == {"bits": 16}
     assert config["model"]["objective"]["init_args"]["targets"] == ["fp", "fp_on_quantised"]
     assert config["model"]["objective"]["init_args"]["nlc"] == 0

@@ -99,7 +99,8 @@ class RecordedRun:
         found = {}
         for group in self.source.layout.linears:
             absmax: Tensor = record.ranges[f"before.{group[0]}"].to(device)
-            mean = record.ranges[f"mean.{group[0]}"].to(device)
+            # runs made before means were kept have no part that reads them
+            mean = record.ranges.get(f"mean.{group[0]}", absmax).to(device)
             found |= dict.fromkeys(group, InputRange(-absmax, absmax, torch.zeros_like(absmax), mean))
         return found
 
