@@ -33,6 +33,8 @@ from tests.words import save_source, save_text
 pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(__file__).parents[1]
 ROUNDING = "model.weight_quantizer."
+BUDGET = ("-c", "methods/ptq161", "--model.weight", "{bits: 16, salient: null}")
+BUDGET += ("--model.layers", "{down_proj: {bits: 1, salient: 0.2}}")
 Made = Callable[..., Path]
 
 
@@ -157,15 +159,24 @@ def test_a_finished_run_learns_on_with_its_own_channels(
     recorded = RecordedRun.open(run)
     record = recorded.record(1)
     assert recorded.ranges(record, torch.device("cpu"))["mlp.down_proj"].mean.equal(record.ranges["mean.mlp.down_proj"])
-    found = evaluated(run, texts(tmp_path, "a"), TestTimeAdaptation(epochs=2))
-    ((name, adapted),) = found["tta"].items()
-    assert np.isfinite(adapted["ppl"]["a"]), name
-    assert adapted["ppl"]["a"] != found["ppl"]["a"]
+    block, ranges = recorded.source.block(1), recorded.ranges(record, torch.device("cpu"))
+    task = recorded.model.block_task(1, recorded.model.student(block, recorded.source), recorded.source, ranges, {})
+    for name in recorded.source.layout.names:
+        own: Any = task.quantizer(name)
+        stored = unpack(record.stored[f"{name}.mask"], 1, own.row)[0].bool()
+        assert torch.equal(own.salient, stored), name
+    callbacks = [TestTimeAdaptation(epochs=2), TestTimeAdaptation(epochs=1, compat="rlq")]
+    found = evaluated(run, texts(tmp_path, "a"), *callbacks)
+    assert len(found["tta"]) == 2
+    for name, adapted in found["tta"].items():
+        assert adapted["ppl"]["a"] != found["ppl"]["a"]
+        assert adapted["ppl"]["a"] < 3 * found["ppl"]["a"], name
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ((*BUDGET, "--bits_budget", "3"), r"salient channels beside a budget"),
         (("-c", "methods/lrquant"), r"salient=0.2 with Affine, .*SalientBinary"),
         (("-c", "methods/ptq161", "--model.weight.salient", "null"), r"bits=1 with SalientBinary.*salient: 0.2"),
         (("-c", "methods/ptq161", "--model.weight.salient", "0.95"), r"salient=0.95: a share .* from 0 to 0.9"),
@@ -173,7 +184,7 @@ def test_a_finished_run_learns_on_with_its_own_channels(
         (("-c", "methods/ptq161", "--model.weight.group_size", "16"), r"salient=0.2 with bits=1, group_size=16"),
         (("-c", "methods/ptq161", "--model.weight_quantizer.statistic", "median"), r"statistic.*median"),
         (("-c", "methods/ptq161", "--model.transforms+=ptql.parts.transforms.Compensate"), r"Compensate with Salient"),
-        (("-c", "methods/ptq161", "--bits_budget", "2"), r"salient=0.2 with bits=2"),
+        (("-c", "methods/ptq161", "--bits_budget", "2"), r"bits_budget=2 with salient=0.2: .*another method"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(

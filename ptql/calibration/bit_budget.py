@@ -46,6 +46,11 @@ class BitBudget:
         widths = tuple(sorted(set(CHOICES if choices is None else choices)))
         if len(widths) < 2 or widths[-1] > 8:
             raise InputError(f"bits_choices={list(widths)}: two or more of the widths 1 to 8; leave it out for most")
+        if weight.salient is not None:
+            raise InputError(
+                f"bits_budget={bits:g} with salient={weight.salient}: signs have no width to choose; leave bits_budget "
+                "out, or use another method"
+            )
         for width in widths:
             replace(weight, bits=width, balanced=False)  # which refuses what is no format
         return cls(bits, widths)
@@ -102,6 +107,10 @@ def plan_bits(model: QuantLM, source: Checkpoint, budget: BitBudget) -> BitPlan:
         InputError: The choices can't meet the budget, or the recipe leaves nothing to choose.
     """
     fixed = model.layer_schemes.exceptions
+    if any(scheme.salient is not None for scheme in fixed.values()):
+        raise InputError(
+            "layers: salient channels beside a budget: what they lose is not measured; leave them, or bits_budget, out"
+        )
     units = tuple(
         Unit(index, free)
         for index in range(source.num_blocks)

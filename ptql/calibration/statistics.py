@@ -33,7 +33,7 @@ class _Observer:
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
         self.middles.append((lows + highs) / 2)
-        self.means.append(samples.abs().mean(1))
+        self.means.append(torch.linalg.vector_norm(samples, 1, dim=1) / self.tokens)  # no copy, as `abs` makes one
 
     def range(self, ranks: Ranks) -> InputRange:
         assert self.low is not None

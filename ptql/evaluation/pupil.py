@@ -203,4 +203,8 @@ class _PlainStep:
 def _fresh(task: BlockTask) -> dict[str, Tensor]:
     """As the original's code begins: scales 1, shifts 0; everything else as a new task has it."""
     start = {"scale": torch.ones_like, "shift": torch.zeros_like}
-    return {name: start.get(name.rpartition(".")[2], torch.clone)(value) for name, value in task.learnables().items()}
+    fresh = {name: value.clone() for name, value in task.learnables().items()}
+    for name, value in fresh.items():
+        if name.startswith("transforms.") and (kind := name.rpartition(".")[2]) in start:
+            fresh[name] = start[kind](value)
+    return fresh

@@ -54,9 +54,11 @@ class _Binary(torch.autograd.Function):
         sign, channels, gain, mean, columns = ctx.saved_tensors
         grad = grads[0].to(gain.dtype)
         of_hats = grad[:, channels].to(ctx.hats) if ctx.needs_input_grad[2] else None
-        with_sign, others = grad * sign, columns.index_fill(1, channels, 0.0).T
-        by_columns = (gain.T @ with_sign).addmm_(mean.T, grad).index_fill_(1, channels, 0.0)
-        return None, None, of_hats, with_sign @ others, grad @ others, by_columns, None
+        with_sign, others = grad * sign, columns.index_fill(1, channels, 0.0).flatten()
+        # products with vectors, which no setting makes TF32
+        by_gain, by_mean = with_sign.mv(others)[:, None], grad.mv(others)[:, None]
+        by_columns = with_sign.T.mv(gain.flatten()).add_(grad.T.mv(mean.flatten()))[None]
+        return None, None, of_hats, by_gain, by_mean, by_columns.index_fill(1, channels, 0.0), None
 
 
 def binary_into(

@@ -61,10 +61,9 @@ def dense_from_salient(
     mask = unpack(tensors["mask"], 1, in_features)[0].bool()
     codes, scale = unpack(tensors["codes"], bits, few), tensors["scale"].view(torch.float16)
     zero = unpack(tensors["zero"], bits, len(codes)).T
-    weight = torch.empty(len(codes), in_features, device=others.device)
-    weight[:, ~mask] = others
-    weight[:, mask] = affine.dequantize(codes, scale, zero, 2**bits, few)
-    return weight
+    both = torch.cat([others, affine.dequantize(codes, scale, zero, 2**bits, few)], 1)
+    place = torch.where(mask, in_features - few - 1 + mask.cumsum(0), mask.logical_not().cumsum(0) - 1)
+    return both.index_select(1, place)
 
 
 class SalientLinear(Packed):

@@ -41,16 +41,25 @@ def recipe_of(run: RunFiles) -> Recipe:
     bits = budget if mixed else bits
     act, cache = (16 if act != act else act), real(activation.get("kv_bits"))
     grouped, five = group > 0, weight.get("balanced") is True and not mixed
+    share, wide = real(weight.get("salient")), real(weight.get("salient_bits"))
+    if share == share:
+        bits = share * wide + 1 - share
     scheme = f"w{bits:g}{'b' if five else ''}a{act:g}"
     scheme += (f"kv{cache:g}" if cache == cache else "") + (f"g{group:g}" if grouped else "")
     rows = f"groups of {group:g} columns" if grouped else "a scale per row"
     kind = ", symmetric" if weight.get("symmetric") is True else ""
-    words = f"{'five-level' if five else f'{bits:g}-bit'} weights{' on average' if mixed else ''} ({rows}{kind}), "
+    what = "five-level" if five else f"{bits:g}-bit" if mixed or share != share else _signs(share, wide)
+    words = f"{what} weights{' on average' if mixed else ''} ({rows}{kind}), "
     words += f"{act:g}-bit activations" if act < 16 else "activations as they are"
     words += f", {cache:g}-bit keys and values" if cache == cache else ""
     if apart := section(run.identity, "recipe").get("layers"):
         words += f"; other formats for {', '.join(str(pattern) for pattern, _ in apart)}"
     return Recipe(PurePath(source).name or "A model", str(method), scheme, words)
+
+
+def _signs(share: float, wide: float) -> str:
+    bits = share * wide + 1 - share
+    return f"signs for most weights, {wide:g} bits in {100 * share:g} % of the input channels: {bits:.3g}-bit"
 
 
 def _either(run: RunFiles, key: str) -> dict[str, Any]:

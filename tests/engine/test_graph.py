@@ -24,7 +24,7 @@ from ptql.engine.graph import GraphedStep, signature
 from ptql.engine.step import Step, StepSettings
 from ptql.parts.objectives import DistributionCorrection, Reconstruction
 from ptql.parts.transforms import Smooth
-from ptql.parts.weights import Affine
+from ptql.parts.weights import Affine, SalientBinary
 from ptql.recipe import ActivationScheme, IntScheme
 from tests.models import CONFIGS, random_model, save, some_ids
 
@@ -34,6 +34,11 @@ BALANCED: dict[str, Any] = {
     **W3A4,
     "weight_quantizer": Affine(factor_rank=2),
     "objective": Reconstruction(targets=["fp", "fp_on_quantised"], balance="ema"),
+}
+SALIENT: dict[str, Any] = {
+    "weight": IntScheme(1, salient=0.2),
+    "weight_quantizer": SalientBinary(),
+    "objective": Reconstruction(targets=["fp", "fp_on_quantised"]),
 }
 ATTENTION: dict[str, Any] = {**W3A4, "objective": DistributionCorrection(akl=10.0, akl_rows=5, balance="ema")}
 
@@ -229,9 +234,38 @@ def test_graphs_look_at_attention_as_pieces_do(
     assert len(graphed) == (2 if family == "gemma2" else 1)
 
 
+@pytest.mark.parametrize("faithful", [True, False])
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_an_adopted_block_has_signs_and_salient_channels_of_its_own(
+    family: str, half: torch.dtype | None, faithful: bool, device: str, tmp_path: Path
+) -> None:
+    recipe = {**SALIENT, "weight_quantizer": SalientBinary(faithful=faithful)}
+    graphed: dict[Any, GraphedStep] = {}
+    blocks, others = (Blocks(tmp_path / name, family, device, recipe=recipe) for name in "ab")
+    for task, other in zip(blocks, others, strict=True):
+        optimizer, settings = task.configure_optimizers(), StepSettings(half=half)
+        key = signature(task, optimizer, settings)
+        if key in graphed:
+            graphed[key].adopt(task, optimizer)
+        else:
+            graphed[key] = GraphedStep(task, optimizer, settings)
+        eager = Step(other, other.configure_optimizers(), settings)
+        batch, same = blocks.batches()[0], others.batches()[0]
+        (loss, _), (expected, _) = graphed[key].micro_batch(batch), eager.micro_batch(same)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-3 if half is None else 3e-2)
+        graphed[key].finish()
+        eager.finish()
+        ours, gradient = graphed[key]._flat, eager._flat
+        assert (ours - gradient).norm() < (1e-2 if half is None else 0.1) * gradient.norm()
+    assert len(graphed) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("recipe", [W3A4, BALANCED, ATTENTION], ids=["usual", "balanced", "attention"])
+@pytest.mark.parametrize(
+    "recipe", [W3A4, BALANCED, ATTENTION, SALIENT], ids=["usual", "balanced", "attention", "salient"]
+)
 def test_a_step_does_not_wait_for_the_device(recipe: dict[str, Any], tmp_path: Path) -> None:
     blocks = Blocks(tmp_path, "llama", "cuda", recipe=recipe)
     task = next(iter(blocks))

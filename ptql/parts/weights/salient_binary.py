@@ -22,7 +22,7 @@ Statistic = Literal["max", "mean"]
 
 class SalientBinary(WeightQuantizer):
     """Weights of the format `salient`: 1 bit, and more in a share of the input channels. Layers that the recipe gives
-    another format are rounded as `Affine` does with its own settings.
+    another format are rounded as `Affine` does, with clipping if anything is learned.
 
     Args:
         statistic: What makes a channel salient: the largest magnitude of its inputs, or their mean magnitude. The
@@ -68,7 +68,7 @@ class SalientBinary(WeightQuantizer):
         self, name: str, weight: Tensor, scheme: IntScheme, inputs: InputRange | None = None
     ) -> LinearQuantizer:
         if scheme.salient is None:
-            return Affine().for_linear(name, weight, scheme)
+            return Affine(clip=self.learn).for_linear(name, weight, scheme)
         assert inputs is not None, f"{name}: nothing is known of its inputs"
         size = inputs.absmax if self.statistic == "max" else inputs.mean
         salient = binary.salient_channels(size.float(), scheme.salient_columns(weight.shape[1]))
@@ -100,7 +100,6 @@ class SalientBinaryLinear(LinearQuantizer):
             setattr(self, name, nn.Parameter(value, requires_grad=name in rates))
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)  # they follow from the source and its inputs
-        self._constants: tuple[Tensor, Tensor | None] | None = None
 
     scale: nn.Parameter
     rows: nn.Parameter
@@ -123,16 +122,15 @@ class SalientBinaryLinear(LinearQuantizer):
         return rounded.index_copy(1, self.channels, self._hats(w))
 
     def fake_into(self, w: Scaled, out: Tensor) -> Tensor:
-        """As `fake`; what does not change is computed once: nothing folds this matrix, so it is always the same."""
+        """As `fake`, without a copy of the matrix in float32. Nothing folds it.
+
+        Signs are made at each call: a captured step is given the next block's matrix and buffers in the place of this
+        block's, and nothing else.
+        """
         assert w.rows is None
         assert w.columns is None
-        if self._constants is None:
-            with torch.no_grad():
-                dense = w.dense()
-                fixed = self._hats(dense).to(out.dtype) if self.whole_row else None
-                self._constants = binary.signs(dense, self.mean).to(torch.int8), fixed
-        sign, hats = self._constants
-        hats = self._hats(w.dense()) if hats is None else hats
+        sign = torch.where(w.base >= self.mean, 1, -1).to(torch.int8)
+        hats = self._hats(w.base)
         return binary.binary_into(sign, self.channels, hats, self._gain, self._mean, self.columns, out)
 
     def encode(self, w: Tensor) -> dict[str, Tensor]:
@@ -157,12 +155,14 @@ class SalientBinaryLinear(LinearQuantizer):
         return self.rows * self.mean
 
     def _hats(self, w: Tensor) -> Tensor:
-        """Salient channels [out, s] on their grid."""
+        """Salient channels [out, s] of a matrix of any dtype on their grid, in float32 at least."""
+        wide = torch.promote_types(w.dtype, torch.float32)
         if not self.channels.numel():
-            return w[:, :0]
+            return w[:, :0].to(wide)
         levels = 2**self.scheme.salient_bits
-        scale, zero = affine.scale_and_zero(*self._range(w), levels, symmetric=False)
-        return affine.fake_quantize(w[:, self.channels].unsqueeze(1), scale, zero, levels).squeeze(1)
+        low, high = self._range(w)
+        scale, zero = affine.scale_and_zero(low.to(wide), high.to(wide), levels, symmetric=False)
+        return affine.fake_quantize(w[:, self.channels].to(wide).unsqueeze(1), scale, zero, levels).squeeze(1)
 
     def _range(self, w: Tensor) -> tuple[Tensor, Tensor]:
         if self.whole_row:
