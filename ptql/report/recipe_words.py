@@ -48,7 +48,7 @@ def recipe_of(run: RunFiles) -> Recipe:
     scheme += (f"kv{cache:g}" if cache == cache else "") + (f"g{group:g}" if grouped else "")
     rows = f"groups of {group:g} columns" if grouped else "a scale per row"
     kind = ", symmetric" if weight.get("symmetric") is True else ""
-    what = "five-level" if five else f"{bits:g}-bit" if mixed or share != share else _signs(share, wide)
+    what = "five-level" if five else f"{bits:g}-bit" if mixed or share != share else _signs(bits, share, wide)
     words = f"{what} weights{' on average' if mixed else ''} ({rows}{kind}), "
     words += f"{act:g}-bit activations" if act < 16 else "activations as they are"
     words += f", {cache:g}-bit keys and values" if cache == cache else ""
@@ -57,8 +57,7 @@ def recipe_of(run: RunFiles) -> Recipe:
     return Recipe(PurePath(source).name or "A model", str(method), scheme, words)
 
 
-def _signs(share: float, wide: float) -> str:
-    bits = share * wide + 1 - share
+def _signs(bits: float, share: float, wide: float) -> str:
     return f"signs for most weights, {wide:g} bits in {100 * share:g} % of the input channels: {bits:.3g}-bit"
 
 

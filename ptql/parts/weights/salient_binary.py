@@ -129,7 +129,7 @@ class SalientBinaryLinear(LinearQuantizer):
         """
         assert w.rows is None
         assert w.columns is None
-        sign = torch.where(w.base >= self.mean, 1, -1).to(torch.int8)
+        sign = binary.signs(w.base, self.mean).to(torch.int8)
         hats = self._hats(w.base)
         return binary.binary_into(sign, self.channels, hats, self._gain, self._mean, self.columns, out)
 
