@@ -142,6 +142,10 @@ PLANS: dict[str, list[Run]] = {
         replace(BASE, epochs=5),  # beside those that follow
         *(replace(BASE, method="abq", epochs=5, akl_mode=mode) for mode in ("faithful", "exact", "none")),
     ],
+    "ptq161": [
+        replace(WEIGHTS, epochs=5),  # beside it
+        replace(WEIGHTS, method="ptq161", scheme="w1.61a16", epochs=5),
+    ],
     "llama70b": [replace(BASE, shape=SHAPES["llama2-70b"], epochs=2)],
     "huge": [replace(HUGE, method="omniquant", scheme="w4a16"), HUGE],
     "samples": [replace(BASE, samples=samples) for samples in (32, 64, 128, 256)],

@@ -41,6 +41,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "10 % salient": ("--model.weight.salient", "0.1"),
     "30 % salient": ("--model.weight.salient", "0.3"),
     "own range": (f"{ROUNDS}.faithful", "false"),
+    "rates tenfold": (f"{ROUNDS}.lr", "5e-3", f"{ROUNDS}.factor_lr", "1e-2"),
     "rates of Llama 2": (f"{ROUNDS}.lr", "9e-5", f"{ROUNDS}.factor_lr", "9e-3"),
 }
 """Each beside the recipe, whose row is in `parts`."""
