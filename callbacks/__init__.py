@@ -4,6 +4,7 @@ from ptql.callbacks.block import BlockCallback
 from ptql.callbacks.checkpoint import BlockCheckpoint
 from ptql.callbacks.plots import BlockPlots
 from ptql.callbacks.progress import BlockProgress
+from ptql.callbacks.restore_lora import LoRARestoration
 from ptql.callbacks.tta import TestTimeAdaptation
 
-__all__ = ["BlockCallback", "BlockCheckpoint", "BlockPlots", "BlockProgress", "TestTimeAdaptation"]
+__all__ = ["BlockCallback", "BlockCheckpoint", "BlockPlots", "BlockProgress", "LoRARestoration", "TestTimeAdaptation"]

@@ -41,12 +41,12 @@ class Bars:
     """The two bars, drawn on standard error until `close`.
 
     Args:
-        blocks: Of the model.
+        blocks: Of the model; None for the bar of steps alone.
         rate: How often they are drawn again, per second.
     """
 
-    def __init__(self, blocks: int, rate: float) -> None:
-        self._total = blocks
+    def __init__(self, blocks: int | None, rate: float) -> None:
+        self._total = blocks or 0
         note = Column(min_width=NOTE, no_wrap=True)
         self._progress = NarrowProgress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
@@ -58,7 +58,7 @@ class Bars:
             refresh_per_second=rate,
             redirect_stdout=sys.stdout.isatty(),  # else what is printed would go to the terminal, not to its file
         )
-        self._blocks = self._progress.add_task("blocks", total=blocks, note="")
+        self._blocks = self._progress.add_task("blocks", total=blocks, note="", visible=blocks is not None)
         self._steps = self._progress.add_task("steps", total=None, note="")
         self._progress.start()
         atexit.register(self.close)  # a cursor that was hidden must come back, however the run ends

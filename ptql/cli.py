@@ -1,4 +1,4 @@
-"""The command line: `ptql fit`, `ptql eval`. Options are the constructors' arguments; files give them too (-c)."""
+"""The command line: `ptql fit`, `ptql eval`, `ptql restore`. Options are the constructors' arguments; files give them too (-c)."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def run_command(args: list[str]) -> None:
 
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
-            return {"fit": {"model", "datamodule"}, "eval": {"model", "datamodule"}}
+            return dict.fromkeys(("fit", "eval", "restore"), {"model", "datamodule"})
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             with told_as_input():
@@ -127,6 +127,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode.*")  # on purpose
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated.*")  # a name of transformers 6
     warnings.filterwarnings("ignore", message="No seed found.*")
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match.*")  # DDP, as Lightning
 

@@ -12,6 +12,7 @@ from ptql import __version__
 from ptql.calibration.preparation import Plan
 from ptql.calibration.quant_lm import QuantLM
 from ptql.callbacks.checkpoint import BlockCheckpoint
+from ptql.restoration.restored import restoration_of
 
 if TYPE_CHECKING:
     from ptql.calibration.trainer import BlockTrainer
@@ -46,6 +47,8 @@ def fit_metrics(trainer: BlockTrainer, model: QuantLM, plan: Plan, seconds: floa
         "checksum": trainer.ledger.checksum(),
         "warnings": _warnings(plan, blocks),
     }
+    if restored := restoration_of(plan.source.directory):
+        fit["original"] = restored.get("source")
     if peaks := [block["peak_gpu_bytes"] for block in blocks if "peak_gpu_bytes" in block]:
         fit["peak_gpu_bytes"] = max(peaks)
     return fit

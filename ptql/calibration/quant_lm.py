@@ -27,6 +27,7 @@ from ptql.parts.objectives import Objective, Reconstruction
 from ptql.parts.transforms import AddedBiases, BlockFacts, Transform
 from ptql.parts.weights import Affine, WeightQuantizer
 from ptql.recipe import ActivationScheme, IntScheme, LayerFormat, LayerSchemes, schemes_by_pattern
+from ptql.restoration.restored import Salience
 
 
 def adamw(params: Iterable[Any]) -> torch.optim.Optimizer:
@@ -84,6 +85,7 @@ class QuantLM(LightningModule):
         self.layers = dict(layers or {})
         self.layer_schemes = LayerSchemes(weight)
         """Formats of all matrices; what `layers` says comes in when the source is opened."""
+        self.salience: Salience | None = None
         self.transforms = [t for t in transforms or [] if t.applies(weight, activation)]
         self.weight_quantizer = weight_quantizer or Affine()
         self.activation_quantizer = activation_quantizer or DynamicTokens()
@@ -118,7 +120,12 @@ class QuantLM(LightningModule):
         }
         self.layer_schemes = schemes_by_pattern(self.weight, self.layers, names)
         self.weight_quantizer.check(self.layer_schemes)
+        self.take_salience(source)
         return source
+
+    def take_salience(self, source: Checkpoint) -> None:
+        """Let what a restored model brings decide which channels are salient, where something asks for that."""
+        self.salience = Salience.beside(source.directory) if self.weight_quantizer.chooses_channels else None
 
     def identity(self) -> dict[str, Any]:
         """Every setting of the recipe that decides the result, as JSON values."""
@@ -129,6 +136,7 @@ class QuantLM(LightningModule):
             "weight": self.weight.to_dict(),
             "activation": self.activation.to_dict(),
             **apart,
+            **({} if self.salience is None else {"salience": self.salience.sha256}),
             "transforms": [settings(t) for t in self.transforms],
             "weight_quantizer": settings(self.weight_quantizer),
             "activation_quantizer": settings(self.activation_quantizer),
@@ -202,8 +210,11 @@ class QuantLM(LightningModule):
         weights = weights_of(student)
         facts = BlockFacts(source.layout, weights, ranges, index, source.num_blocks)
         schemes = {name: self.layer_schemes.of(index, name) for name in source.layout.names}
+        inputs = ranges
+        if self.salience is not None:
+            inputs = self.salience.of(index, source, next(student.parameters()).device)
         quantizers = {
-            name: self.weight_quantizer.for_linear(name, weights[f"{name}.weight"], scheme, ranges.get(name))
+            name: self.weight_quantizer.for_linear(name, weights[f"{name}.weight"], scheme, inputs.get(name))
             for name, scheme in schemes.items()
             if scheme.quantised
         }

@@ -67,18 +67,22 @@ def file_text(source: str, rows: Rows) -> str:
     if suffix not in (".txt", ".jsonl"):
         rule = f"a text is a .txt or .jsonl file or one of {', '.join(NAMES)}"
         raise InputError(f"text {source!r}: {rule}; name one of these")
-    try:
-        text = Path(source).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"text {source!r}: {error.strerror}; give a readable file, or pydoc") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"text {source!r}: byte {error.start} isn't UTF-8; convert it to UTF-8") from error
+    text = _content(source)
     if suffix == ".jsonl":
         return jsonl_text(source, text)
     first = next((line for line in io.StringIO(text) if line.strip()), "").rstrip("\r\n")
     if rows == "wikitext" or (rows == "auto" and WIKITEXT_HEADING.fullmatch(first)):
         return wikitext_rows(text)
     return text
+
+
+def _content(file: str) -> str:
+    try:
+        return Path(file).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"text {file!r}: {error.strerror}; give a readable file, or pydoc") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"text {file!r}: byte {error.start} isn't UTF-8; convert it to UTF-8") from error
 
 
 def wikitext_rows(text: str) -> str:
@@ -89,6 +93,11 @@ def wikitext_rows(text: str) -> str:
 
 def jsonl_text(source: str, lines: str) -> str:
     """The field `text` of every line's JSON object, joined with an empty line; `source` is for messages."""
+    return "\n\n".join(jsonl_rows(source, lines))
+
+
+def jsonl_rows(source: str, lines: str) -> list[str]:
+    """The field `text` of every line's JSON object; `source` is for messages."""
     texts = []
     for number, line in enumerate(lines.split("\n"), start=1):
         if not line.strip():
@@ -99,7 +108,26 @@ def jsonl_text(source: str, lines: str) -> str:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             rule = "a line is a JSON object with a string `text`"
             raise InputError(f"text {source}:{number}: {rule}; correct or remove this line") from error
-    return "\n\n".join(texts)
+    return texts
+
+
+def text_rows(source: str) -> list[str] | None:
+    """The documents of a text that is divided into such; None if it is one piece.
+
+    Args:
+        source: A `.jsonl` file: its lines; `c4`, or another set of the hub (`owner/name`: split `train`, column
+            `text`): its rows. What else `read_text` takes is one piece.
+
+    Raises:
+        InputError: It can't be had, or holds something else.
+    """
+    if source == "c4":
+        return hub_rows(source, "calibration")
+    if Path(source).suffix.lower() == ".jsonl":
+        return jsonl_rows(source, _content(source))
+    if source in NAMES or source.count("/") != 1 or Path(source).suffix or Path(source).exists():
+        return None
+    return _rows_of(source, {"path": source, "split": "train"}, "text")
 
 
 def pydoc_text(part: Part) -> str:
@@ -129,15 +157,23 @@ def pydoc_text(part: Part) -> str:
 
 def hub_text(name: str, part: Part) -> str:
     """The rows of a hub data set joined into one text, as `HUB` says; `datasets` fetches it only once."""
+    return HUB[name, part][2].join(hub_rows(name, part))
+
+
+def hub_rows(name: str, part: Part) -> list[str]:
+    """The rows of a hub data set, as `HUB` says."""
+    options, column, _ = HUB[name, part]
+    return _rows_of(name, options, column)
+
+
+def _rows_of(name: str, options: dict[str, Any], column: str) -> list[str]:
     remedy = "give a .txt or .jsonl file, or pydoc"
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise InputError(f"text {name!r}: needs `datasets`; pip install 'ptql[hub]', or {remedy}") from error
-    options, column, separator = HUB[name, part]
     try:
-        rows = load_dataset(**options)
+        return list(load_dataset(**options)[column])
     except Exception as error:  # offline, a proxy, a full disk, a moved data set: many types, one remedy
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"text {name!r}: it can't be had from the hub ({reason}); {remedy}") from error
-    return separator.join(rows[column])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +15,7 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from ptql.calibration.activations import Streams
@@ -41,7 +45,7 @@ from ptql.calibration.run_logger import RunLogger
 from ptql.calibration.stopping import Stopped, StopSignals, tell_children, tell_children_no_more
 from ptql.calibration.trainer_options import check_options
 from ptql.calibration.usual_callbacks import with_usual_callbacks
-from ptql.callbacks import BlockCallback, BlockCheckpoint
+from ptql.callbacks import BlockCallback, BlockCheckpoint, LoRARestoration
 from ptql.errors import InputError, RunError
 from ptql.evaluation.evaluate import Measurement, evaluate_run
 from ptql.evaluation.recorded_run import METRICS, MODEL
@@ -49,12 +53,18 @@ from ptql.evaluation.report import REPORT, write_report
 from ptql.evaluation.results import merge_metrics
 from ptql.evaluation.size import model_size
 from ptql.formats.write import write_model
+from ptql.restoration.command import check_restore_options, recorded_stage
+from ptql.restoration.restore import FIRST, Stage
+from ptql.restoration.stages import check_passes, first_stage
+
+PROCESSES = ("accelerator", "devices", "num_nodes", "strategy")
 
 
 class BlockTrainer(Trainer):
     """A Trainer whose `fit` calibrates a model one transformer block at a time.
 
-    Its directory, `default_root_dir`, is the run: ledger, model, metrics, report, TensorBoard.
+    Its directory, `default_root_dir`, is the run: ledger, model, metrics, report, TensorBoard. With `LoRARestoration`
+    among the callbacks there are three stages, the first two in folders of their own in it.
     """
 
     block: int = 0
@@ -67,6 +77,11 @@ class BlockTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_options(kwargs)
+        self._processes = {name: copy.deepcopy(kwargs[name]) for name in PROCESSES if name in kwargs}
+        self.arithmetic = str(kwargs.get("precision") or "32-true")
+        """What `precision` says."""
+        if isinstance(kwargs.get("strategy"), ModelParallelStrategy):
+            kwargs["precision"] = None  # of mixed ones it takes none; restoring, for which it is, has its own
         self.dry_run_only = bool(kwargs.pop("fast_dev_run", False))  # Lightning's own would end each block's fit
         kwargs["use_distributed_sampler"] = False  # windows are spread already
         kwargs["callbacks"] = with_usual_callbacks(
@@ -82,7 +97,6 @@ class BlockTrainer(Trainer):
             given = ", ".join(f"{name}={kwargs.get(name, 'auto')}" for name in ("accelerator", "devices", "strategy"))
             reason = " ".join(str(error).split())
             raise InputError(f"trainer ({given}): {reason}; correct --trainer.*, `ptql fit --help` lists it") from error
-        check_strategy(self.strategy)
         check_nodes(self)
         self.strategy.checkpoint_io = LocalCheckpointIO()
         self.ranks, self.signals = Ranks(), StopSignals()
@@ -91,12 +105,27 @@ class BlockTrainer(Trainer):
             # It asks all processes after each batch whether one had SIGTERM. Lightning would ask, too, and wait for the
             # GPU to answer.
             self.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        if kwargs.get("logger") in (None, True):
-            self.logger = RunLogger(self.default_root_dir, name="tensorboard", version="")
+        self._own_log = kwargs.get("logger") in (None, True)
+        self._enter(Path(self.default_root_dir))
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.default_root_dir)
+        """The directory of the pass in hand: the run's, or, of the first of two passes, a folder in it."""
+        return self._run_dir
+
+    def _enter(self, run_dir: Path) -> None:
+        """From now on this is the run's directory, and steps count from 0."""
+        self._run_dir = run_dir
+        if self._own_log:
+            self.logger = RunLogger(run_dir, name="tensorboard", version="")
+        self.first_step = -self.global_step
+
+    def processes(self) -> dict[str, Any]:
+        """Options of a Trainer that works in the processes of this one, on the same devices."""
+        options: dict[str, Any] = copy.deepcopy(self._processes)
+        if SLURMEnvironment.detect():
+            options["plugins"] = [SLURMEnvironment(auto_requeue=False)]
+        return options
 
     # fit
 
@@ -114,19 +143,56 @@ class BlockTrainer(Trainer):
             bits_choices: Widths that they can get; 2, 3, 4, 5, 6 and 8 by default.
         """
         assert datamodule is not None
+        check_strategy(self.strategy)
         budget = BitBudget.given(bits_budget, bits_choices, model.weight)
         self._precision_of_products(model)
+        restoration = self._restoration()
+        with self._together(datamodule):
+            check_passes(self.run_dir, restoration, budget)
+            stage = None
+            if restoration is not None:
+                stage = first_stage(self, restoration, model, datamodule)
+                self._enter(self.run_dir / FIRST)
+            plan = prepare(self, model, datamodule, budget)
+            if not self.dry_run_only:
+                self._launch(self._fit_passes, model, datamodule, plan, stage)
+
+    def restore(
+        self,
+        model: QuantLM,
+        datamodule: CalibrationData | None = None,
+        run: str | None = None,
+        out: str | None = None,
+    ) -> None:
+        """Learn LoRA on a finished run's model and merge it into its quantised weights: the middle stage of a `fit`
+        with `LoRARestoration`, alone.
+
+        How it learns is what `LoRARestoration` among the callbacks says, or in the run's configuration.
+
+        Args:
+            run: A finished run; or one that `fit` began and whose first pass is done: the same `fit` goes on then.
+            out: Directory for the restored model, in its folder `model`; of the second kind it is RUN/restored.
+        """
+        check_restore_options(model, datamodule)
+        with self._together(datamodule):
+            stage, first = recorded_stage(self, self._restoration(), run, out)
+            if not self.dry_run_only:
+                self._launch(self._restore, stage, first)
+
+    def _restoration(self) -> LoRARestoration | None:
+        found = [callback for callback in self.callbacks if isinstance(callback, LoRARestoration)]  # type: ignore[attr-defined]
+        if len(found) > 1:
+            raise InputError(f"callbacks: {len(found)} of LoRARestoration; a run is restored once, so leave one")
+        return found[0] if found else None
+
+    @contextmanager
+    def _together(self, datamodule: CalibrationData | None) -> Iterator[None]:
+        """Errors are told in one line, signals are heard, and no process outlives the first."""
+        assert datamodule is not None
         launcher = self.strategy.launcher
         try:
             with told_in_one_line(self, datamodule), StopSignals(self.is_global_zero) as self.signals:
-                plan = prepare(self, model, datamodule, budget)
-                if self.dry_run_only:
-                    return
-                if launcher is None:
-                    self._fit_blocks(model, plan)
-                else:
-                    tell_children()
-                    launcher.launch(self._fit_blocks, model, plan, trainer=self)  # every process runs the loop
+                yield
         except BaseException as error:
             self._notify("on_exception", None, error)  # Lightning tells of those inside a block's fit only
             raise
@@ -135,12 +201,46 @@ class BlockTrainer(Trainer):
                 launcher.kill(signal.SIGKILL)  # they would wait for this process for half an hour
                 launcher.procs.clear()  # or Lightning's watch over them ends this process, too
 
-    def _fit_blocks(self, model: QuantLM, plan: Plan) -> None:
-        began = time.monotonic()
+    def _launch(self, work: Callable[..., None], *subjects: Any) -> None:
+        """Do it in every process."""
+        launcher = self.strategy.launcher
+        if launcher is None:
+            self._in_process(work, *subjects)
+        else:
+            tell_children()
+            launcher.launch(self._in_process, work, *subjects, trainer=self)
+
+    def _in_process(self, work: Callable[..., None], *subjects: Any) -> None:
         tell_children_no_more()
         self.strategy.setup_environment()
         host = host_group(self.num_nodes)
         self.ranks = Ranks(self.global_rank, self.world_size, self.strategy.root_device, host)
+        work(*subjects)
+        self.strategy.barrier("end")
+        self._ended_together = True
+
+    def _restore(self, stage: Stage, first: Path) -> None:
+        model = stage.run(first)
+        if self.is_global_zero:
+            print(f"{model}: restored; --model.source {model} quantises it")
+
+    def _fit_passes(self, model: QuantLM, datamodule: CalibrationData, plan: Plan, stage: Stage | None) -> None:
+        """One pass over the blocks; with a restoration, two."""
+        if stage is None:
+            self._fit_blocks(model, plan)
+            return
+        first = self.run_dir
+        if not self.ranks.all(stage.begun):
+            self._say(f"stage 1 of 3: first pass, into {first}")
+            self._fit_blocks(model, plan)
+        self._say(f"stage 2 of 3: LoRA on its model, into {stage.folder}")
+        model.source = str(stage.run(first))
+        self._enter(stage.run_dir)
+        self._say(f"stage 3 of 3: second pass, into {self.run_dir}")
+        self._fit_blocks(model, prepare(self, model, datamodule))
+
+    def _fit_blocks(self, model: QuantLM, plan: Plan) -> None:
+        began = time.monotonic()
         self.num_blocks = plan.source.num_blocks
         finished = self._open_ledger(plan)
         plan = with_chosen_bits(self, model, plan)
@@ -158,8 +258,7 @@ class BlockTrainer(Trainer):
             write_model(plan.source, plan.stored_as, self.ledger, self.run_dir / MODEL)
             self._write_results(model, plan, time.monotonic() - began)
         self._notify("on_model_end", model)
-        self.strategy.barrier("end")
-        self._ended_together = True
+        self.strategy.barrier("model")
 
     def _each_block(
         self, model: QuantLM, plan: Plan, streams: Streams | None, reader: BlockReader, todo: list[int]
@@ -363,6 +462,7 @@ class BlockTrainer(Trainer):
                 f"devices={self.world_size}: eval is one process, and spreads a model that needs it over all GPUs by "
                 "itself; leave --trainer.devices at 1"
             )
+        check_strategy(self.strategy)
         check_eval_options(model, datamodule)
         self.strategy.setup_environment()
         self._precision_of_products(model)

@@ -94,7 +94,7 @@ def evaluate_run(
     if not (run / MODEL).is_dir():
         raise InputError(f"{run}: no finished model in this run; let `ptql fit` end first")
     file = Path(results) if results else run / METRICS
-    compared = Checkpoint(resolve(source_of(run))) if compare_source else None
+    compared = Checkpoint(resolve(source_of(run, original=True))) if compare_source else None
     found = Evaluation(Checkpoint(run / MODEL), measurement, trainer, run).save(file)
     if compared is not None:
         found = {**found, "source": Evaluation(compared, measurement).save(file, section="source")}

@@ -58,13 +58,14 @@ class RecordedRun:
         if not isinstance(identity, dict):
             raise InputError(f"{manifest}: damaged, it does not say what the run was made from; restore the file")
         model = _recipe(directory / CONFIG)
+        source = Checkpoint(resolve(source_of(directory)))
+        model.take_salience(source)
         if change := difference(identity.get("recipe"), json.loads(json.dumps(model.identity()))):
             key, before, now = change
             raise InputError(
                 f"{directory / CONFIG}: {key} was {before!r} in this run and is {now!r} now; restore the file, or use "
                 "the ptql that made the run"
             )
-        source = Checkpoint(resolve(source_of(directory)))
         if source.fingerprint() != identity.get("source"):
             raise InputError(f"{source.directory}: not the weights that {directory} was made from; restore them")
         packed = Checkpoint(directory / MODEL)
@@ -105,9 +106,11 @@ class RecordedRun:
         return found
 
 
-def source_of(run: Path) -> str:
-    """Where the full-precision model of a finished run is."""
-    source = read_metrics(run / METRICS).get("fit", {}).get("source")
+def source_of(run: Path, original: bool = False) -> str:
+    """Where the full-precision model of a finished run is; with `original`, the one from which it was restored, if it
+    was."""
+    fit = read_metrics(run / METRICS).get("fit", {})
+    source = (fit.get("original") if original else None) or fit.get("source")
     if not isinstance(source, str):
         raise InputError(f"{run / METRICS}: does not say what the source was; measure it with --model.source DIR")
     return source

@@ -1,12 +1,13 @@
-"""Writes a finished run as a Hugging Face directory: packed blocks, everything else as in the source."""
+"""Writes Hugging Face directories: a finished run, packed blocks and everything else as in the source; a dense model."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from ptql.errors import RunError
 from ptql.formats.ptql import PackedFormat
 
 SHARD_BYTES = 1 << 28  # what is held in memory while writing
+RESTORATION = "restoration.json"  # of a restored model; says nothing of what is made of it
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -33,11 +35,46 @@ def write_model(
     Holds one shard in memory. Tokenizer and generation settings are copied from the source. With `blocks`, only
     so many first blocks and nothing around them are written: enough to read a block back.
     """
+    config = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = fmt.to_dict()
+    _write(out, source.directory, config, _tensors(source, ledger, blocks), shard_bytes)
+
+
+def write_dense(
+    source: Checkpoint, tensors: Iterator[tuple[str, Tensor]], out: Path, more: Callable[[Path], None]
+) -> None:
+    """Write `tensors` as the full-precision model directory `out`, whole or not at all; an older one is replaced.
+
+    Args:
+        source: Whose configuration, tokenizer and generation settings it gets.
+        tensors: All of the model, by name.
+        out: The directory.
+        more: Is given the directory before it gets its name, to put further files there.
+    """
+    config = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    _write(out, source.directory, config, tensors, SHARD_BYTES, more)
+
+
+def _write(
+    out: Path,
+    like: Path,
+    config: dict[str, Any],
+    tensors: Iterator[tuple[str, Tensor]],
+    shard_bytes: int,
+    more: Callable[[Path], None] = lambda scratch: None,
+) -> None:
     scratch = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        _fill(scratch, source, fmt, _tensors(source, ledger, blocks), shard_bytes)
+        _write_shards(tensors, scratch, shard_bytes)
+        for pattern in COPIED:
+            for file in like.glob(pattern):
+                if file.name not in ("config.json", INDEX, RESTORATION):
+                    shutil.copyfile(file, scratch / file.name)
+        put_text(scratch / "config.json", json.dumps(config, indent=2) + "\n")
+        more(scratch)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -47,19 +84,6 @@ def write_model(
         os.replace(out, old)
     os.replace(scratch, out)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _fill(
-    scratch: Path, source: Checkpoint, fmt: PackedFormat, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int
-) -> None:
-    _write_shards(tensors, scratch, shard_bytes)
-    for pattern in COPIED:
-        for file in source.directory.glob(pattern):
-            if file.name not in ("config.json", INDEX):
-                shutil.copyfile(file, scratch / file.name)
-    config = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = fmt.to_dict()
-    put_text(scratch / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _tensors(source: Checkpoint, ledger: Ledger, blocks: int | None) -> Iterator[tuple[str, Tensor]]:

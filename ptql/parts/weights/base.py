@@ -54,9 +54,10 @@ class WeightQuantizer(ABC):
     """Whether its quantisers want `begin_on`, which takes a folding of the block."""
     factor_rank: int = 0
     """Rank of the factors that are stored beside the codes, as `PackedLinear` has them; 0 for none."""
-
     takes_transforms: bool = True
     """Whether its quantisers give a gradient to weights that transforms fold."""
+    chooses_channels: bool = False
+    """Whether sizes of inputs decide how a channel is stored."""
 
     def check(self, schemes: LayerSchemes) -> None:
         """Raise `InputError` unless it can round to these formats."""

@@ -36,6 +36,7 @@ class SalientBinary(WeightQuantizer):
     """
 
     takes_transforms = False
+    chooses_channels = True
 
     def __init__(
         self,
