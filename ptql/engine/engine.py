@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ptql.engine.graph import GraphedStep, signature
 from ptql.engine.step import Step, StepSettings, can_step
+from ptql.engine.weights import attach_signed_products
 from ptql.errors import InputError
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Engine:
             self._tell(trainer, f"engine: plain, as {reason}")
             return None
         settings = self.settings(trainer)
+        attach_signed_products(task, settings.half or torch.float32)
         if self.name == "eager" or not self._captures:
             return Step(task, optimizer, settings)
         key = signature(task, optimizer, settings)
@@ -100,7 +102,9 @@ class Engine:
         """A step that is like those of the run, uncompiled and by this process alone; None for Lightning's own way."""
         if not self.kernels(task.device) or _plain_because(optimizer, trainer) is not None:
             return None
-        return Step(task, optimizer, replace(self.settings(trainer), processes=1, compiled=False))
+        settings = replace(self.settings(trainer), processes=1, compiled=False)
+        attach_signed_products(task, settings.half or torch.float32)
+        return Step(task, optimizer, settings)
 
     def failed(self, task: BlockTask, optimizer: Optimizer, trainer: Any, reason: str) -> Step:
         """After compiling or capturing failed, before anything was learned of the step in hand: go on without."""

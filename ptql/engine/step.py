@@ -14,7 +14,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from ptql.engine.weights import StepWeights
 from ptql.nn.attention_probe import made_by
-from ptql.nn.quant_linear import merged_products
+from ptql.nn.quant_linear import step_products
 from ptql.parts.objectives import all_terms, total
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Step:
     def batch(self, batch: Batch) -> None:
         """Forward and backward of the block, to the gradients of the step's weights."""
         folded = self._folded[self._fold]
-        with torch.enable_grad(), merged_products(self.task.student), self._autocast():
+        with torch.enable_grad(), step_products(self.task.student), self._autocast():
             loss, terms = self._forward(folded.leaves, batch)
             balanced = self.task.balance(loss, terms)
         leaves = [folded.leaves[name] for name in folded.made]

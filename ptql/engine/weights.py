@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ptql.functional.buffers import stacked, write_into
 from ptql.functional.scaled import Scaled, multiplied_out
 from ptql.nn.quant_linear import QuantLinear
+from ptql.nn.signed_product import ChannelOrder, SignedProduct
+from ptql.parts.weights.salient_binary import SalientBinaryLinear
 
 if TYPE_CHECKING:
     from ptql.calibration.block_task import BlockTask
@@ -29,7 +31,15 @@ class StepWeights:
         self._task = task
         self._groups: list[list[str]] = []
         self._buffers: list[Tensor] = []
+        self._signed: list[tuple[str, SalientBinaryLinear, SignedProduct]] = []
         for group in _groups(task.student):
+            if any(linear.signed is not None for linear in group.values()):
+                for name, linear in group.items():
+                    quantizer = task.quantizer(name)
+                    assert isinstance(quantizer, SalientBinaryLinear)
+                    assert linear.signed is not None
+                    self._signed.append((name, quantizer, linear.signed))
+                continue
             linears = list(group.values())
             rows, columns = sum(linear.out_features for linear in linears), linears[0].in_features
             self._groups.append(list(group))
@@ -42,6 +52,10 @@ class StepWeights:
         """
         weights = self._task.folded_weights(scaled=True)
         made: dict[str, Tensor] = {}
+        for name, quantizer, product in self._signed:
+            matrix = weights.pop(f"{name}.weight")
+            assert isinstance(matrix, Scaled)
+            made |= {f"{name}.signed.{part}": t for part, t in quantizer.factors(matrix.base, product).items()}
         for group, buffer in zip(self._groups, self._buffers, strict=True):
             parts, start = [], 0
             for name in group:
@@ -61,6 +75,23 @@ class StepWeights:
         if isinstance(matrix, Tensor):  # a transform did more than scale it
             return write_into(quantizer.fake(matrix), out)
         return quantizer.fake_into(matrix, out)
+
+
+def attach_signed_products(task: BlockTask, dtype: torch.dtype) -> None:
+    """Let layers whose matrices are signs multiply without writing them out; `dtype` is that of matrix products.
+
+    Of layers that share an input all or none do: they share the order of its channels.
+    """
+    for group in _groups(task.student):
+        found = {name: task.quantizer(name) for name in group}
+        signed = {name: quantizer for name, quantizer in found.items() if isinstance(quantizer, SalientBinaryLinear)}
+        salient = [quantizer.salient for quantizer in signed.values()]
+        if len(signed) < len(group) or not all(torch.equal(salient[0], other) for other in salient[1:]):
+            continue
+        order = ChannelOrder(salient[0], readers=len(group))
+        for name, quantizer in signed.items():
+            with torch.no_grad():
+                group[name].signed = quantizer.product(group[name].weight, order, dtype)
 
 
 def _groups(student: nn.Module) -> list[dict[str, QuantLinear]]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Int8
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -37,41 +38,65 @@ def signs(w: Float[Tensor, "out in"], mean: Float[Tensor, "out 1"]) -> Float[Ten
     return torch.where(w >= mean, 1.0, -1.0).to(w.dtype)
 
 
-class _Binary(torch.autograd.Function):
-    """`binary_into` with its gradients written out: signs are kept in a byte each, and nothing else of that size."""
+class _Permuted(torch.autograd.Function):
+    """Channels in another order, some of them more than once; back, each takes the gradient at one place."""
 
     @staticmethod
-    def forward(
-        ctx: Any, sign: Tensor, channels: Tensor, hats: Tensor, gain: Tensor, mean: Tensor, columns: Tensor, place: Any
-    ) -> Tensor:
-        ctx.save_for_backward(sign, channels, gain, mean, columns)
-        ctx.hats = hats.dtype
-        out = place[0].copy_((sign * gain).add_(mean).mul_(columns))
-        return out.index_copy_(1, channels, hats.to(out.dtype)).detach()
+    def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return x.index_select(-1, order)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        sign, channels, gain, mean, columns = ctx.saved_tensors
-        grad = grads[0].to(gain.dtype)
-        of_hats = grad[:, channels].to(ctx.hats) if ctx.needs_input_grad[2] else None
-        with_sign, others = grad * sign, columns.index_fill(1, channels, 0.0).flatten()
-        # products with vectors, which no setting makes TF32
-        by_gain, by_mean = with_sign.mv(others)[:, None], grad.mv(others)[:, None]
-        by_columns = with_sign.T.mv(gain.flatten()).add_(grad.T.mv(mean.flatten()))[None]
-        return None, None, of_hats, by_gain, by_mean, by_columns.index_fill(1, channels, 0.0), None
+        (place,) = ctx.saved_tensors
+        return grads[0].index_select(-1, place), None, None  # a gather; that of index_select would add, one by one
 
 
-def binary_into(
-    sign: Int8[Tensor, "out in"],
-    channels: Int[Tensor, " s"],
-    hats: Float[Tensor, "out s"],
-    gain: Float[Tensor, "out 1"],
-    mean: Float[Tensor, "out 1"],
-    columns: Float[Tensor, "1 in"],
-    out: Float[Tensor, "out in"],
-) -> Float[Tensor, "out in"]:
-    """Write (gain * sign + mean) * columns to `out`, and `hats` to the channels `channels`; in `out`'s dtype.
+def permuted(x: Float[Tensor, "*b in"], order: Int[Tensor, " p"], place: Int[Tensor, " in"]) -> Float[Tensor, "*b p"]:
+    """`x[..., order]`, where channel c stands at `place[c]`.
 
-    Differentiable in `hats`, `gain`, `mean` and `columns`; the last has no gradient in `channels`.
+    Where `order` repeats a channel to fill up, what is made of it must be zero: no gradient comes from there.
     """
-    return _Binary.apply(sign, channels, hats, gain, mean, columns, [out])
+    return _Permuted.apply(x, order, place)
+
+
+def channel_order(salient: Bool[Tensor, " in"], multiple: int) -> tuple[Tensor, Tensor, int]:
+    """The order in which matrix products read channels: others first, then salient ones, each filled up to a multiple.
+
+    Returns:
+        `order` and `place` as `permuted` takes them, and how many of the first are others, filled up.
+    """
+    parts = [kind.nonzero().flatten() for kind in (salient.logical_not(), salient)]
+    filled = [F.pad(part, (0, -len(part) % multiple)) for part in parts]
+    place = torch.empty_like(salient, dtype=torch.int64)
+    for part, start in zip(parts, (0, len(filled[0])), strict=True):
+        place[part] = torch.arange(start, start + len(part), device=salient.device)
+    return torch.cat(filled), place, len(filled[0])
+
+
+def signed_product(
+    x: Float[Tensor, "*b p"],
+    sign: Float[Tensor, "out n"],
+    gain: Float[Tensor, " out"],
+    mean: Float[Tensor, " out"],
+    columns: Float[Tensor, " n"],
+    hats: Float[Tensor, "out s"],
+) -> Float[Tensor, "*b out"]:
+    """What the rounded matrix makes of `x`, of which the first n channels are others, the rest salient. Where channels
+    fill up, `sign`, `columns` and `hats` are zero.
+
+        gain * (sign (columns * x)_others) + mean * sum (columns * x)_others + hats x_salient
+
+    The matrix is not written out, and gradients of its vectors take no product of the matrix's size. The original's
+    code writes it out in each step.
+    """
+    others, salient = x.split([sign.shape[1], hats.shape[1]], -1)
+    scaled = others * columns
+    made = F.linear(scaled, sign.to(_product_dtype(scaled))) * gain + scaled.sum(-1, keepdim=True) * mean
+    return made + F.linear(salient, hats.to(_product_dtype(salient))) if hats.shape[1] else made
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """In which a product with `x` is computed: autocast takes what it is given, other products want equal ones."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptql.nn.signed_product import SignedProduct
+
 Rounding = Callable[[Tensor], Tensor]
 """Rounds activations along the last dimension: same shape, same dtype."""
 
@@ -69,9 +71,11 @@ class MergedProduct:
 
 
 @contextmanager
-def merged_products(module: nn.Module) -> Iterator[None]:
-    """While open, layers in `module` that share an input are one matrix product each group."""
-    products = {linear.merged[0] for linear in module.modules() if isinstance(linear, QuantLinear) and linear.merged}
+def step_products(module: nn.Module) -> Iterator[None]:
+    """While open, layers in `module` that share an input are one matrix product each group, or signed products."""
+    linears = [linear for linear in module.modules() if isinstance(linear, QuantLinear)]
+    products: list[MergedProduct | SignedProduct] = [linear.merged[0] for linear in linears if linear.merged]
+    products += [linear.signed for linear in linears if linear.signed is not None]
     for product in products:
         product.on = True
     try:
@@ -98,6 +102,8 @@ class QuantLinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.rounding = rounding
+        self.signed: SignedProduct | None = None
+        """What can take the place of the product with `weight`."""
 
     @property
     def in_features(self) -> int:
@@ -108,6 +114,9 @@ class QuantLinear(nn.Module):
         return self.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.signed is not None and self.signed.on:
+            made = self.signed(x if self.rounding is None else self.rounding(x))
+            return made if self.bias is None else made + self.bias
         if self.merged is not None and self.merged[0].on:
             return self.merged[0].part(self.merged[1], x)
         return F.linear(x if self.rounding is None else self.rounding(x), self.weight, self.bias)

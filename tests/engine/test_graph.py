@@ -22,6 +22,8 @@ from ptql.engine import graph
 from ptql.engine.engine import Engine
 from ptql.engine.graph import GraphedStep, signature
 from ptql.engine.step import Step, StepSettings
+from ptql.engine.weights import attach_signed_products
+from ptql.nn.quant_linear import QuantLinear
 from ptql.parts.objectives import DistributionCorrection, Reconstruction
 from ptql.parts.transforms import Smooth
 from ptql.parts.weights import Affine, SalientBinary
@@ -245,6 +247,8 @@ def test_an_adopted_block_has_signs_and_salient_channels_of_its_own(
     blocks, others = (Blocks(tmp_path / name, family, device, recipe=recipe) for name in "ab")
     for task, other in zip(blocks, others, strict=True):
         optimizer, settings = task.configure_optimizers(), StepSettings(half=half)
+        attach_signed_products(task, half or torch.float32)  # the other writes its matrices out
+        assert all(m.signed is not None for m in task.student.modules() if isinstance(m, QuantLinear))
         key = signature(task, optimizer, settings)
         if key in graphed:
             graphed[key].adopt(task, optimizer)
@@ -257,7 +261,10 @@ def test_an_adopted_block_has_signs_and_salient_channels_of_its_own(
         graphed[key].finish()
         eager.finish()
         ours, gradient = graphed[key]._flat, eager._flat
-        assert (ours - gradient).norm() < (1e-2 if half is None else 0.1) * gradient.norm()
+        if half is None:
+            assert (ours - gradient).norm() < 1e-2 * gradient.norm()
+        else:  # by its direction: where the mean cosine is near 0, its logarithm magnifies what half precision loses
+            assert torch.cosine_similarity(ours, gradient, 0) > 0.98
     assert len(graphed) == 1
 
 
@@ -269,6 +276,7 @@ def test_an_adopted_block_has_signs_and_salient_channels_of_its_own(
 def test_a_step_does_not_wait_for_the_device(recipe: dict[str, Any], tmp_path: Path) -> None:
     blocks = Blocks(tmp_path, "llama", "cuda", recipe=recipe)
     task = next(iter(blocks))
+    attach_signed_products(task, torch.bfloat16)
     step = GraphedStep(task, task.configure_optimizers(), StepSettings(half=torch.bfloat16))
     batches = blocks.batches()
     learn(step, batches, epochs=1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ptql.families import family_of
-from ptql.nn.quant_linear import MergedProduct, QuantLinear, Rounding, merged_products
+from ptql.nn.quant_linear import MergedProduct, QuantLinear, Rounding, step_products
 from ptql.nn.student import call_block, make_student, weights_of
 from ptql.parts.activations import DynamicTokens, TokenRounding
 from ptql.parts.transforms import AddedBiases, Weights
@@ -73,7 +73,7 @@ def test_one_product_is_three(bits: int | None, bias: bool, order: tuple[int, ..
     module = Three(None if bits is None else TokenRounding(bits), bias, order)
     x = torch.randn(2, 5, COLUMNS, requires_grad=True)
     separate = module(x)
-    with merged_products(module):
+    with step_products(module):
         together = functional_call(module, stacked_weights(module), (x,))
     torch.testing.assert_close(together, separate)
     grad = torch.randn_like(separate)
@@ -88,7 +88,7 @@ def test_gradients_of_the_whole_are_those_of_the_layers_one_below_the_other(bias
     own = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
     given = {name: tensor.detach().requires_grad_() for name, tensor in stacked_weights(module).items()}
     separate = functional_call(module, own, (x,))
-    with merged_products(module):
+    with step_products(module):
         together = functional_call(module, given, (x,))
     grad = torch.randn_like(separate)
     separate.backward(grad)
@@ -101,7 +101,7 @@ def test_gradients_of_the_whole_are_those_of_the_layers_one_below_the_other(bias
 def test_the_input_is_rounded_once_and_nothing_is_held_afterwards() -> None:
     calls, rounding = counting(TokenRounding(4))
     module = Three(rounding, False)
-    with merged_products(module), torch.no_grad():
+    with step_products(module), torch.no_grad():
         for count in (1, 2):
             functional_call(module, stacked_weights(module), (torch.randn(3, COLUMNS),))
             assert len(calls) == count
@@ -133,14 +133,14 @@ def test_another_input_between_is_multiplied_anew() -> None:
 
 def test_it_is_on_while_open_only_and_off_after_an_error() -> None:
     module = Three(None, False)
-    with merged_products(module):
+    with step_products(module):
         assert module.product.on
     assert not module.product.on
 
     class StoppedError(Exception):
         pass
 
-    with pytest.raises(StoppedError), merged_products(module):
+    with pytest.raises(StoppedError), step_products(module):
         raise StoppedError
     assert not module.product.on
 
@@ -202,13 +202,13 @@ def as_a_step_gives_them(student: nn.Module) -> Weights:
 
 @pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_block_gives_the_same_with_merged_products(name: str, bits: int) -> None:
+def test_a_block_gives_the_same_with_step_products(name: str, bits: int) -> None:
     """Of every family: its layers are called in another order than they are listed in."""
     student = student_of(name, bits=bits)
     hidden, context, _ = block_calls(exact(random_model(FAMILIES[name])), some_ids())[0]
     calls: Callable[..., Tensor] = call_block
     separate = calls(student, hidden, context, weights_of(student))
-    with merged_products(student):
+    with step_products(student):
         together = calls(student, hidden, context, as_a_step_gives_them(student))
     assert (together - separate).norm() < (1e-12 if bits == 16 else 1e-2) * separate.norm()
 
@@ -219,6 +219,6 @@ def test_a_product_of_a_block_has_the_biases_that_were_added() -> None:
         student.get_submodule(f"self_attn.{x}_proj").bias.data.normal_()  # type: ignore[union-attr]
     hidden, context, _ = block_calls(exact(random_model(llama_config())), some_ids())[0]
     separate = call_block(student, hidden, context, weights_of(student))
-    with merged_products(student):
+    with step_products(student):
         together = call_block(student, hidden, context, as_a_step_gives_them(student))
     torch.testing.assert_close(together, separate, rtol=1e-10, atol=1e-10)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptql.errors import InputError
 from ptql.functional import affine, binary
-from ptql.functional.scaled import Scaled
 from ptql.nn.salient_linear import dense_from_salient, salient_tensors
+from ptql.nn.signed_product import ChannelOrder, SignedProduct
 from ptql.parts import check_learning_rate
 from ptql.parts.inputs import InputRange
 from ptql.parts.weights.affine import USUAL, Affine
@@ -122,17 +123,17 @@ class SalientBinaryLinear(LinearQuantizer):
         rounded = (self._gain * binary.signs(w, self.mean) + self._mean) * self.columns
         return rounded.index_copy(1, self.channels, self._hats(w))
 
-    def fake_into(self, w: Scaled, out: Tensor) -> Tensor:
-        """As `fake`, without a copy of the matrix in float32. Nothing folds it.
+    def product(self, w: Tensor, order: ChannelOrder, dtype: torch.dtype) -> SignedProduct:
+        """The product with the rounded matrix, where nothing folds `w`; `dtype` is that of matrix products."""
+        return SignedProduct(order, binary.signs(w, self.mean), self._hats(w), dtype)
 
-        Signs are made at each call: a captured step is given the next block's matrix and buffers in the place of this
-        block's, and nothing else.
-        """
-        assert w.rows is None
-        assert w.columns is None
-        sign = binary.signs(w.base, self.mean).to(torch.int8)
-        hats = self._hats(w.base)
-        return binary.binary_into(sign, self.channels, hats, self._gain, self._mean, self.columns, out)
+    def factors(self, w: Tensor, product: SignedProduct) -> dict[str, Tensor]:
+        """What `product` is given in a step, by name; differentiable."""
+        columns = F.pad(self.columns[0, self.others], (0, product.order.others - self.others.numel()))
+        found = {"gain": self._gain[:, 0], "mean": self._mean[:, 0], "columns": columns}
+        if not self.whole_row and self.channels.numel():
+            found["hats"] = product.filled(self._hats(w)).to(product.hats.dtype)
+        return found
 
     def encode(self, w: Tensor) -> dict[str, Tensor]:
         positive = (w[:, self.others] >= self.mean).to(torch.uint8)
