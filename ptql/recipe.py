@@ -16,9 +16,6 @@ UNQUANTISED = 16
 MOST_SALIENT = 0.9
 """Share of the input channels; with more, bits of all channels say it better."""
 
-FIVE = 5
-"""Levels of ABQ-LLM's bit balance: -2, -1, 0, 1, 2."""
-
 
 def check_bits(bits: object, what: str, fewest: int, remedy: str = "use 16 to leave it unquantised") -> None:
     """Raise `InputError` unless `bits` is a whole number from `fewest` to 8, or 16."""
@@ -35,8 +32,9 @@ class IntScheme:
         group_size: Neighbouring input columns that share a scale; -1 means a whole row (per channel). Where it
             does not divide the row, the last group is shorter.
         symmetric: No zero point: the range is the same on both sides of zero.
-        balanced: With 2 bits: five levels in place of four, symmetric -2 to 2 (ABQ-LLM's bit balance, its W2*).
-            Stored in 2.33 bits a code, and called 2b, not 2.
+        balanced: A level more, so that there are as many below the middle one as above. With 2 bits: five levels, -2
+            to 2 (ABQ-LLM's bit balance, its W2*), stored in 2.33 bits a code and called 2b, not 2. With 1 bit: three
+            levels, -1 to 1 (ternary weights), stored in 1.6 bits a code and called 1b.
         salient: With 1 bit: the share of input channels, those with the largest inputs, whose weights have
             `salient_bits`; of all others the sign is stored (PTQ1.61, where it is 0.2). None for codes of 1 bit.
         salient_bits: Width of their codes, 2 to 8.
@@ -58,14 +56,24 @@ class IntScheme:
             raise InputError(
                 f"group_size={self.group_size}: a group holds at least 1 column; use -1 for one scale a row"
             )
-        if self.balanced and self.bits != 2:
-            raise InputError(f"balanced=true with bits={self.bits}: it is a kind of 2 bits; use bits: 2, or false")
-        if self.bits == 1 and self.symmetric:
-            raise InputError("bits=1, symmetric=true: a middle code and one other hold no sign; use symmetric: false")
+        if self.balanced and self.bits not in (1, 2):
+            raise InputError(
+                f"balanced=true with bits={self.bits}: it is a kind of 1 or 2 bits; use bits: 2 for five levels, bits: "
+                "1 for three, or false"
+            )
+        if self.bits == 1 and self.symmetric and not self.balanced:
+            raise InputError(
+                "bits=1, symmetric=true: a middle code and one other hold no sign; use symmetric: false, or balanced: "
+                "true for three levels"
+            )
         if self.salient is not None:
             self._check_salient(self.salient)
 
     def _check_salient(self, share: float) -> None:
+        if self.balanced:
+            raise InputError(
+                f"salient={share} with balanced=true: a sign has two levels; use balanced: false, or salient: null"
+            )
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= MOST_SALIENT:
             raise InputError(
                 f"salient={share}: a share of the input channels from 0 to {MOST_SALIENT} is needed; 0.2 is usual, "
@@ -86,11 +94,11 @@ class IntScheme:
     @property
     def levels(self) -> int:
         """How many values a code has."""
-        return FIVE if self.balanced else 2**self.bits
+        return 2**self.bits + 1 if self.balanced else 2**self.bits
 
     @property
     def name(self) -> str:
-        """Of the bits, as schemes are called: `4`, `2b`; `1.6` where a fifth of the channels has 4 bits, the rest 1."""
+        """Of the bits, as schemes are called: `4`, `2b`, `1b`; `1.6` where a fifth of channels has 4, the rest 1."""
         if self.salient is not None:
             return f"{self.salient * self.salient_bits + 1 - self.salient:.3g}"
         return f"{self.bits}b" if self.balanced else str(self.bits)

@@ -49,7 +49,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def numbers(scheme: str) -> tuple[IntScheme, int]:
-    """The format of weights and the bits of activations in a name such as w2a16g64, or w2ba8 of five levels."""
+    """The format of weights and the bits of activations in a name such as w2a16g64, or w2ba8 of a level more."""
     if scheme == "w1.61a16":
         return IntScheme(1, salient=0.2), 16
     found = re.fullmatch(r"w(\d+)(b?)a(\d+)(?:g(\d+))?", scheme)
@@ -89,7 +89,8 @@ def test_a_scheme_has_the_numbers_of_its_name_and_of_its_comment(scheme: str) ->
         )
         return
     if weight.balanced:
-        of_weights = f"five levels, -2 to 2 (ABQ-LLM's bit balance), 2.33 bits, {of_groups}"
+        five, three = "five levels, -2 to 2 (ABQ-LLM's bit balance), 2.33", "three levels, -1 to 1 (ternary), 1.6"
+        of_weights = f"{five if weight.bits == 2 else three} bits, {of_groups}"
     assert path.read_text().splitlines()[0] == f"# Weights: {of_weights}. Activations: {of_activations}."
 
 

@@ -40,6 +40,8 @@ def test_bits_alone_are_plain_bits() -> None:
     assert schemes.of(0, "mlp.down_proj") == IntScheme(4, symmetric=True)
     assert schemes.of(0, "self_attn.o_proj") == IntScheme(2, symmetric=True)
     assert schemes.of(0, "self_attn.q_proj") == default
+    ternary = schemes_by_pattern(DEFAULT, {"down_proj": {"bits": 1, "balanced": True, "symmetric": True}}, NAMES)
+    assert ternary.of(0, "mlp.down_proj") == IntScheme(1, 64, symmetric=True, balanced=True)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,7 @@ def test_bits_alone_are_plain_bits() -> None:
         ({"down": 8}, "layers: down: names no layer .*model.layers.0.self_attn.q_proj"),
         ({"down_proj": 9}, "layers: down_proj: weight bits=9: .*1 to 8"),
         ({"down_proj": {"width": 4}}, "layers: down_proj: width is no setting"),
-        ({"down_proj": {"balanced": True}}, "balanced=true with bits=3: .*use bits: 2"),
+        ({"down_proj": {"balanced": True}}, "balanced=true with bits=3: .*use bits: 2 .*bits: 1"),
     ],
 )
 def test_what_names_nothing_or_is_no_format_is_refused(patterns: dict[str, LayerFormat], message: str) -> None:
@@ -58,16 +60,40 @@ def test_what_names_nothing_or_is_no_format_is_refused(patterns: dict[str, Layer
 
 def test_one_bit_needs_a_zero_point() -> None:
     assert IntScheme(1).levels == 2
-    with pytest.raises(InputError, match="bits=1, symmetric=true"):
+    with pytest.raises(InputError, match=r"bits=1, symmetric=true: .*balanced: true"):
         IntScheme(1, symmetric=True)
+
+
+def test_a_sign_is_no_three_levels() -> None:
+    for bits in (1, 2):
+        with pytest.raises(InputError, match=r"salient=0\.2 with balanced=true: .*balanced: false, or salient: null"):
+            IntScheme(bits, balanced=True, salient=0.2)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_only_one_and_two_bits_have_a_level_more(symmetric: bool) -> None:
+    for bits in (3, 8, 16):
+        with pytest.raises(InputError, match=f"balanced=true with bits={bits}: .*of 1 or 2 bits"):
+            IntScheme(bits, symmetric=symmetric, balanced=True)
+    assert IntScheme(1, 16, symmetric, balanced=True).to_dict() == {
+        "bits": 1,
+        "group_size": 16,
+        "symmetric": symmetric,
+        "balanced": True,
+    }
 
 
 @pytest.mark.parametrize(
     ("scheme", "name", "levels"),
-    [(IntScheme(1), "1", 2), (IntScheme(3), "3", 8), (IntScheme(2, balanced=True), "2b", 5)],
-    ids=["1", "3", "2b"],
+    [
+        (IntScheme(1), "1", 2),
+        (IntScheme(3), "3", 8),
+        (IntScheme(2, balanced=True), "2b", 5),
+        (IntScheme(1, symmetric=True, balanced=True), "1b", 3),
+    ],
+    ids=["1", "3", "2b", "1b"],
 )
-def test_five_levels_are_two_bits_in_name_only(scheme: IntScheme, name: str, levels: int) -> None:
+def test_three_and_five_levels_are_one_and_two_bits_in_name_only(scheme: IntScheme, name: str, levels: int) -> None:
     assert (scheme.name, scheme.levels) == (name, levels)
 
 

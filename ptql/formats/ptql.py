@@ -18,9 +18,10 @@ from ptql.parts.activations.dynamic import TokenRounding
 from ptql.recipe import UNQUANTISED, ActivationScheme, IntScheme, LayerSchemes
 
 QUANT_METHOD = "ptql"
-VERSIONS = (1, 2, 3, 4)
+VERSIONS = (1, 2, 3, 4, 5)
 """Of the format: 2 has factors; 3 has layers of other formats, five levels, one bit, and the cache's bits apart; 4 has
-signs beside salient channels. Each is written only where it is needed, so that older readers have the others."""
+signs beside salient channels; 5 has three levels. Each is written only where it is needed, so that older readers have
+the others."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class PackedFormat:
     def version(self) -> int:
         """The lowest that holds all that it says."""
         kinds = (self.weight, *self.layers.values())
+        if any(s.balanced and s.bits == 1 for s in kinds):
+            return 5
         if any(s.salient is not None for s in kinds):
             return 4
         if self.layers or self.activation.kv_bits is not None or any(s.balanced or s.bits == 1 for s in kinds):

@@ -135,7 +135,7 @@ def scale_and_zero(
 
     Symmetric: the zero point is the middle code, so that b bits stand for -2^(b-1) .. 2^(b-1) - 1 and the step is
     max(|low|, |high|) / (2^(b-1) - 1), the form that serving formats store; five levels stand for -2 .. 2 (ABQ-LLM's
-    bit balance).
+    bit balance), three for -1 .. 1.
     """
     if symmetric:
         middle, steps = symmetric_grid(levels)

@@ -3,8 +3,9 @@
 Each row is a stream of its own, little-endian: element i takes bits [i * bits, (i + 1) * bits), bit k of a
 row is bit k % 8 of byte k // 8, and the unused bits of the last byte are zero.
 
-Codes of five levels go in threes: c0 + 5 c1 + 25 c2 is an element of 7 bits, so a code takes 2.33 bits; a short last
-three is filled up with zeros.
+Codes of five levels go in threes: c0 + 5 c1 + 25 c2 is an element of 7 bits, so a code takes 2.33 bits. Codes of three
+levels go in fives: c0 + 3 c1 + 9 c2 + 27 c3 + 81 c4 is an element of 8 bits, so a code takes 1.6. A short last element
+is filled up with zeros.
 """
 
 # axes: rows = rows of the matrix; n = codes of a row; bytes = ceil(n * bits / 8), or what `stored_bytes` says
@@ -71,39 +72,47 @@ def unpack(stream: UInt8[Tensor, "rows bytes"], bits: int, n: int) -> UInt8[Tens
     return codes.flatten(1)[:, :n].contiguous()
 
 
-FIVE = 5
-IN_WORD, WORD_BITS = 3, 7  # 5^3 = 125 < 2^7
+WORDS = {3: (5, 8), 5: (3, 7)}
+"""Codes that go into one word, and the bits of it, by levels: 3^5 = 243 < 2^8 and 5^3 = 125 < 2^7."""
 
 
 def stored_bytes(n: int, levels: int) -> int:
     """Bytes that a row of `n` codes below `levels` takes.
 
     Raises:
-        ValueError: `levels` is neither a power of two from 2 to 256 nor 5.
+        ValueError: `levels` is neither a power of two from 2 to 256 nor 3 or 5.
     """
-    return packed_bytes(-(-n // IN_WORD), WORD_BITS) if levels == FIVE else packed_bytes(n, _bits(levels))
+    if levels not in WORDS:
+        return packed_bytes(n, _bits(levels))
+    in_word, word_bits = WORDS[levels]
+    return packed_bytes(-(-n // in_word), word_bits)
 
 
 def pack_levels(codes: UInt8[Tensor, "rows n"], levels: int) -> UInt8[Tensor, "rows bytes"]:
     """The stream of each row of `codes`, which are below `levels`; errors as `stored_bytes`."""
-    if levels != FIVE:
+    if levels not in WORDS:
         return pack(codes, _bits(levels))
-    assert codes.numel() == 0 or int(codes.max()) < FIVE, "a code is none of five levels"
-    c0, c1, c2 = F.pad(codes, (0, -codes.shape[1] % IN_WORD)).unflatten(1, (-1, IN_WORD)).unbind(2)
-    return pack(c0 + FIVE * c1 + FIVE**2 * c2, WORD_BITS)
+    assert codes.numel() == 0 or int(codes.max()) < levels, f"a code is none of {levels} levels"
+    in_word, word_bits = WORDS[levels]
+    digits = F.pad(codes, (0, -codes.shape[1] % in_word)).unflatten(1, (-1, in_word)).unbind(2)
+    words = torch.zeros_like(digits[0])
+    for digit in reversed(digits):
+        words = words * levels + digit
+    return pack(words, word_bits)
 
 
 def unpack_levels(stream: UInt8[Tensor, "rows bytes"], levels: int, n: int) -> UInt8[Tensor, "rows n"]:
     """The first `n` codes of each row of a stream written by `pack_levels`; errors as `unpack`."""
-    if levels != FIVE:
+    if levels not in WORDS:
         return unpack(stream, _bits(levels), n)
-    words = unpack(stream, WORD_BITS, -(-n // IN_WORD))
-    codes = torch.stack([words % FIVE, words // FIVE % FIVE, words // FIVE**2], 2)
+    in_word, word_bits = WORDS[levels]
+    words = unpack(stream, word_bits, -(-n // in_word))
+    codes = torch.stack([words // levels**i % levels for i in range(in_word)], 2)
     return codes.flatten(1)[:, :n].contiguous()
 
 
 def _bits(levels: int) -> int:
     bits = levels.bit_length() - 1
     if levels != 2**bits or not 1 <= bits <= 8:
-        raise ValueError(f"levels={levels}: a stored code has 2^1 to 2^8 levels, or 5; use such a grid")
+        raise ValueError(f"levels={levels}: a stored code has 2^1 to 2^8 levels, or 3 or 5; use such a grid")
     return bits

@@ -45,7 +45,7 @@ def fold_and_round(
         columns: Factor of each column, learnable, or None.
         lower: Clipping logits below zero (see `affine.weight_range`), with `upper`, or both None.
         upper: Clipping logits above zero.
-        levels: Of the grid: 2^bits.
+        levels: Of the grid.
         group: Columns that share a scale; the last group of a row may be shorter.
         symmetric: Zero is the middle code.
         dtype: Of the result.

@@ -120,9 +120,9 @@ class Packed(nn.Module, ABC):
 class PackedLinear(Packed):
     """A linear layer on packed weights, which are unpacked at every call: small, not fast.
 
-    Buffers: `codes` uint8 [out, ceil(in * bits / 8)], or as five levels are packed; `scale` int16 [out, g], the bits of
-    a float16; `zero` uint8 [out, ceil(g * bits / 8)], likewise, None if symmetric; `left` int16 [out, k] and `right`
-    int16 [k, in], the bits of float16 factors, None without. They are zero until a checkpoint is loaded.
+    Buffers: `codes` uint8 [out, ceil(in * bits / 8)], or as three and five levels are packed; `scale` int16 [out, g],
+    the bits of a float16; `zero` uint8 [out, ceil(g * bits / 8)], likewise, None if symmetric; `left` int16 [out, k]
+    and `right` int16 [k, in], the bits of float16 factors, None without. They are zero until a checkpoint is loaded.
 
     Args:
         in_features: Columns of the weight.

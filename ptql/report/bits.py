@@ -33,5 +33,5 @@ def bits(run: RunFiles) -> Markup:
 
 
 def _width(name: object) -> float:
-    """Of codes called `4`, or `2b`."""
+    """Of codes called `4`, `2b` or `1b`."""
     return real(float(text)) if (text := str(name).removesuffix("b")).isdecimal() else math.nan

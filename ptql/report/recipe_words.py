@@ -40,15 +40,16 @@ def recipe_of(run: RunFiles) -> Recipe:
     mixed = budget == budget
     bits = budget if mixed else bits
     act, cache = (16 if act != act else act), real(activation.get("kv_bits"))
-    grouped, five = group > 0, weight.get("balanced") is True and not mixed
+    grouped, balanced = group > 0, weight.get("balanced") is True and not mixed
     share, wide = real(weight.get("salient")), real(weight.get("salient_bits"))
     if share == share:
         bits = share * wide + 1 - share
-    scheme = f"w{bits:g}{'b' if five else ''}a{act:g}"
+    scheme = f"w{bits:g}{'b' if balanced else ''}a{act:g}"
     scheme += (f"kv{cache:g}" if cache == cache else "") + (f"g{group:g}" if grouped else "")
     rows = f"groups of {group:g} columns" if grouped else "a scale per row"
     kind = ", symmetric" if weight.get("symmetric") is True else ""
-    what = "five-level" if five else f"{bits:g}-bit" if mixed or share != share else _signs(bits, share, wide)
+    levels = "three-level" if bits == 1 else "five-level"
+    what = levels if balanced else f"{bits:g}-bit" if mixed or share != share else _signs(bits, share, wide)
     words = f"{what} weights{' on average' if mixed else ''} ({rows}{kind}), "
     words += f"{act:g}-bit activations" if act < 16 else "activations as they are"
     words += f", {cache:g}-bit keys and values" if cache == cache else ""

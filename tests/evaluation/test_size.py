@@ -129,7 +129,11 @@ def test_a_tensor_more_is_a_tensor_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [llama_config(), opt_config()], ids=["llama", "opt"])
-@pytest.mark.parametrize("scheme", [IntScheme(2, 16), IntScheme(3, 7, True), IntScheme(2, 20, balanced=True)], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [IntScheme(2, 16), IntScheme(3, 7, True), IntScheme(2, 20, balanced=True), IntScheme(1, 20, balanced=True)],
+    ids=str,
+)
 def test_sizes_of_layers_are_known_before_they_are_stored(
     tmp_path: Path, config: PretrainedConfig, scheme: IntScheme
 ) -> None:

@@ -32,6 +32,7 @@ from tests.words import save_source, save_text
 
 ROOT = Path(__file__).parents[2]
 BALANCED = IntScheme(2, symmetric=True, balanced=True)
+TERNARY = IntScheme(1, symmetric=True, balanced=True)
 PATTERNS: dict[str, LayerFormat] = {
     "down_proj": 8,
     "layers.0.self_attn": {"bits": 2, "symmetric": True, "balanced": True},
@@ -151,7 +152,7 @@ def test_each_layer_has_its_codes_and_the_page_of_the_format_reads_them(run: Pat
     assert getattr(attention, CACHE_ROUNDING) == TokenRounding(4)
 
 
-def test_only_what_needs_it_is_version_3() -> None:
+def test_only_what_needs_it_is_version_3_or_5() -> None:
     plain = PackedFormat("rtn", IntScheme(3), ActivationScheme(4), True, "model.layers", "self_attn", ("a",))
     assert plain.to_dict()["format_version"] == 1
     assert "balanced" not in plain.to_dict()["weight"]
@@ -160,6 +161,10 @@ def test_only_what_needs_it_is_version_3() -> None:
     for newer in ({"weight": BALANCED}, {"weight": IntScheme(1)}, {"activation": ActivationScheme(4, 8)}):
         fmt = replace(plain, factor_rank=2, **newer)
         assert fmt.to_dict()["format_version"] == 3
+        assert PackedFormat.from_dict(fmt.to_dict()) == fmt
+    for newest in ({"weight": TERNARY}, {"layers": {"0.a": TERNARY}}):
+        fmt = replace(plain, factor_rank=2, **newest)
+        assert fmt.to_dict()["format_version"] == 5
         assert PackedFormat.from_dict(fmt.to_dict()) == fmt
 
 

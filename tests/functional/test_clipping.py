@@ -9,7 +9,7 @@ from ptql.functional import affine
 from ptql.functional.clipping import SHARES, best_share
 
 
-@pytest.mark.parametrize(("levels", "symmetric"), [(2, False), (4, False), (4, True), (5, True), (8, False)])
+@pytest.mark.parametrize(("levels", "symmetric"), [(2, False), (3, True), (4, False), (4, True), (5, True), (8, False)])
 def test_the_best_share_is_the_best_of_all(levels: int, symmetric: bool) -> None:
     """Number by number in float64."""
     torch.manual_seed(0)
@@ -42,6 +42,16 @@ def test_fewer_levels_clip_more_and_256_hardly() -> None:
     assert means[1] < 0.65
     assert means[-1] > 0.9
     assert all(shares.min() > SHARES[0] for shares in found)  # none would rather have less
+
+
+def test_three_levels_begin_where_theory_has_them() -> None:
+    """A step of 1.22 standard deviations is best for a normal distribution (Max 1960), a third of a row's range."""
+    torch.manual_seed(3)
+    groups = torch.randn(64, 1, 1024)
+    found = best_share(groups, 3, True)
+    step = found * groups.abs().amax(-1)
+    assert step.mean().item() == pytest.approx(1.22, abs=0.03)
+    assert SHARES[2] < found.min() < found.max() < 0.5
 
 
 def test_a_short_group_is_not_disturbed_by_what_fills_it_up_and_zeros_are_not_clipped() -> None:

@@ -65,13 +65,19 @@ def test_a_code_that_is_too_wide_is_our_own_bug() -> None:
         pack(torch.tensor([[0, 4]], dtype=torch.uint8), 2)
 
 
-# Five levels
+# Five and three levels
 
 
 def threes(row: list[int]) -> list[int]:
     """The bytes of a row of five levels by the definition: numbers to base 5 of three digits, seven bits each."""
     row = row + [0] * (-len(row) % 3)
     return reference([sum(code * 5**i for i, code in enumerate(row[k : k + 3])) for k in range(0, len(row), 3)], 7)
+
+
+def fives(row: list[int]) -> list[int]:
+    """The bytes of a row of three levels by the definition: five digits of a number to base 3, the lowest first."""
+    digits = "".join(map(str, row)) + "0" * (-len(row) % 5)
+    return [int(digits[k : k + 5][::-1], 3) for k in range(0, len(digits), 5)]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 24, 27, 64, 81])
@@ -83,6 +89,29 @@ def test_five_levels_are_packed_in_threes(n: int) -> None:
     assert stream.tolist() == [threes(row) for row in codes.tolist()]
     assert stream.shape == (4, stored_bytes(n, 5))
     assert torch.equal(unpack_levels(stream, 5, n), codes)
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 6, 9, 10, 24, 64, 81])
+def test_three_levels_are_packed_in_fives(n: int) -> None:
+    torch.manual_seed(n)
+    codes = torch.randint(0, 3, (4, n), dtype=torch.uint8)
+    codes[0] = 2  # 242 in a byte
+    stream = pack_levels(codes, 3)
+    assert stream.tolist() == [fives(row) for row in codes.tolist()]
+    assert stream.shape == (4, stored_bytes(n, 3))
+    assert torch.equal(unpack_levels(stream, 3, n), codes)
+
+
+def test_the_layouts_stay_as_they_are() -> None:
+    """Bytes that were written before."""
+    assert pack_levels(torch.tensor([[1, 2, 3, 4, 0, 4, 2]], dtype=torch.uint8), 5).tolist() == [[86, 180, 0]]
+    assert pack_levels(torch.tensor([[0, 1, 2, 1, 0, 2, 2]], dtype=torch.uint8), 3).tolist() == [[48, 8]]
+
+
+def test_three_levels_take_eight_fifths_of_a_bit() -> None:
+    assert stored_bytes(5, 3) == 1
+    assert stored_bytes(6, 3) == 2
+    assert stored_bytes(5 * 400, 3) * 8 == 1.6 * 5 * 400
 
 
 def test_five_levels_take_two_and_a_third_bits() -> None:
@@ -98,12 +127,13 @@ def test_powers_of_two_are_packed_as_ever(bits: int) -> None:
     assert stored_bytes(21, 2**bits) == packed_bytes(21, bits)
 
 
-@pytest.mark.parametrize("levels", [0, 1, 3, 6, 512])
+@pytest.mark.parametrize("levels", [0, 1, 6, 7, 9, 512])
 def test_other_grids_are_not_stored(levels: int) -> None:
-    with pytest.raises(ValueError, match=rf"levels={levels}: .*2\^1 to 2\^8 levels, or 5"):
+    with pytest.raises(ValueError, match=rf"levels={levels}: .*2\^1 to 2\^8 levels, or 3 or 5"):
         stored_bytes(8, levels)
 
 
-def test_a_sixth_level_is_our_own_bug() -> None:
-    with pytest.raises(AssertionError, match="none of five levels"):
-        pack_levels(torch.tensor([[0, 5]], dtype=torch.uint8), 5)
+@pytest.mark.parametrize("levels", [3, 5])
+def test_a_level_more_is_our_own_bug(levels: int) -> None:
+    with pytest.raises(AssertionError, match=f"none of {levels} levels"):
+        pack_levels(torch.tensor([[0, levels]], dtype=torch.uint8), levels)

@@ -82,7 +82,7 @@ def loop(base: Tensor, learnt: dict[str, Tensor | None], levels: int, group: int
 
 @pytest.mark.parametrize("given", ["", "rclu"])
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("levels", [4, 5, 8, 16, 256])
+@pytest.mark.parametrize("levels", [3, 4, 5, 8, 16, 256])
 def test_values_are_a_loop_over_elements(levels: int, symmetric: bool, given: str, device: str) -> None:
     base, learnt = problem((4, 50, 16), given, device, torch.float32)
     form = {"levels": levels, "group": 16, "symmetric": symmetric}
@@ -92,7 +92,7 @@ def test_values_are_a_loop_over_elements(levels: int, symmetric: bool, given: st
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("levels", [4, 5, 8, 16, 256])
+@pytest.mark.parametrize("levels", [3, 4, 5, 8, 16, 256])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_are_the_twins_in_float64(
     shape: tuple[int, int, int], levels: int, symmetric: bool, device: str
@@ -115,7 +115,7 @@ def test_without_clipping_values_are_the_twins_to_the_bit(
     shape: tuple[int, int, int], symmetric: bool, device: str
 ) -> None:
     base, learnt = problem(shape, "rc", device)
-    for levels in (4, 5, 8, 16, 256):
+    for levels in (3, 4, 5, 8, 16, 256):
         form = {"levels": levels, "group": shape[2], "symmetric": symmetric, "dtype": torch.float32}
         ours = fold_and_round(base, *learnt.values(), **form)
         assert torch.equal(ours, fold_and_round_reference(base, *learnt.values(), **form))
@@ -124,7 +124,7 @@ def test_without_clipping_values_are_the_twins_to_the_bit(
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_of_bfloat16_weights_are_the_twins(shape: tuple[int, int, int], symmetric: bool, device: str) -> None:
-    for levels, given in ((4, "rc"), (5, "rc"), (8, "r"), (16, "c"), (256, "rc")):
+    for levels, given in ((3, "rc"), (4, "rc"), (5, "rc"), (8, "r"), (16, "c"), (256, "rc")):
         base, learnt = problem(shape, given, device)
         leaves = [t for t in learnt.values() if t is not None]
         form = {"levels": levels, "group": shape[2], "symmetric": symmetric, "dtype": torch.float32}
@@ -199,7 +199,7 @@ def test_a_buffer_written_again_is_refused_by_the_backward_pass_that_needs_it(de
 )
 def test_ends_zeros_and_bounds_of_the_scale(lines: list[list[float]], symmetric: bool, device: str) -> None:
     base = torch.tensor(lines, device=device)
-    for levels in (4, 5, 16):
+    for levels in (3, 4, 5, 16):
         for given in ("rclu", "rc"):
             _, learnt = problem((len(lines), 8, 8), given, device)
             with torch.no_grad():  # factors and shares by which float32 multiplies without error

@@ -21,6 +21,8 @@ SCHEMES = [
     IntScheme(2, 16, symmetric=True, balanced=True),
     IntScheme(2, 5, balanced=True),
     IntScheme(1, 16),
+    IntScheme(1, 16, symmetric=True, balanced=True),
+    IntScheme(1, 5, balanced=True),
 ]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ptql.report import bits, cost, losses, notices, outliers, quality, setup, size, summary, weight_error
+from ptql.report.recipe_words import recipe_of
 from ptql.report.run_files import read_run
 from tests.report.synthetic import NAMES, SITES, make_run
 
@@ -95,6 +96,18 @@ def test_the_loss_section_counts_and_marks(tmp_path):
     assert (dots.count("before"), dots.count("after"), dots.count("fell")) == (6, 4, 1)
     assert chart.count("×</text>") == 1
     assert [row.count("<td") for row in made.split("<tr>")[2:]] == [11] * 6
+
+
+@pytest.mark.parametrize(("width", "name"), [(1, "three-level"), (2, "five-level")])
+def test_a_level_more_is_said_and_not_taken_for_bits(tmp_path, width, name):
+    make_run(tmp_path / "a")
+    manifest = tmp_path / "a/ledger/manifest.json"
+    noted = json.loads(manifest.read_text())
+    noted["identity"]["recipe"]["weight"] |= {"bits": width, "symmetric": True, "balanced": True}
+    manifest.write_text(json.dumps(noted))
+    recipe = recipe_of(read_run(tmp_path / "a"))
+    assert recipe.scheme == f"w{width}ba4"
+    assert recipe.words == f"{name} weights (a scale per row, symmetric), 4-bit activations"
 
 
 def test_long_tables_are_folded(tmp_path):
