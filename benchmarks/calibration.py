@@ -111,6 +111,8 @@ class Run:
         configs = [f"methods/{self.method}", f"schemes/{self.scheme}"]
         configs += ["strategies/ddp"] if self.processes > 1 else []
         configs += [f"presets/{self.preset}"] if self.preset else []
+        if self.method == "ptq161":
+            options["trainer.callbacks"] = "null"  # its single pass
         command = ["fit", *(part for config in configs for part in ("-c", config))]
         return command + [part for name, v in options.items() if v is not None for part in (f"--{name}", str(v))]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -41,6 +42,7 @@ class Job:
         calibration: Name of its text.
         texts: Names of those that are measured.
         seed: Of the windows, and of everything else.
+        first: The run that is the first pass of this one, of which it is restored; None where it has no such.
     """
 
     plan: str
@@ -49,10 +51,11 @@ class Job:
     calibration: str
     texts: tuple[str, ...]
     seed: int = SEED
+    first: Run | None = None
 
-    def fit_name(self, args: argparse.Namespace) -> str:
+    def fit_name(self, args: argparse.Namespace, run: Run | None = None) -> str:
         """Of the calibration's directory: the same for the same calibration only."""
-        return f"{self.calibration}-{self.run.name}-{args.samples}x{args.length}"
+        return f"{self.calibration}-{(run or self.run).name}-{args.samples}x{args.length}"
 
     def name(self, args: argparse.Namespace) -> str:
         """Of the row; no two rows have the same."""
@@ -123,6 +126,8 @@ class Bench:
         args, name = self.args, job.name(self.args)
         folder = args.work / job.fit_name(args)
         fit = fit_command(job.run, args, args.calibrations[job.calibration], folder)
+        if job.first is not None and not self._begun(job, job.first, folder, environment):
+            return None
         if not self._calibrated(folder, fit, environment):
             return None
         found = folder.with_name(f"{name}.json")
@@ -132,6 +137,7 @@ class Bench:
         if self._late(name) or not call(measure, folder.with_name(name), environment):
             return None
         seconds = time.monotonic() - began
+        restored = {} if job.first is None else self._restored(job, folder, environment)
         of_fit = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         return {
             "plan": job.plan,
@@ -149,11 +155,36 @@ class Bench:
             "jobs_at_once": args.jobs,
             "seconds_eval": round(seconds, 1),
             **self.machine,
-            "fit": {**of_fit["fit"], "source": "MODEL"},
+            "fit": {**of_fit["fit"], **{key: "MODEL" for key in ("source", "original") if key in of_fit["fit"]}},
             **{key: of_fit[key] for key in SIZES if key in of_fit},
             **json.loads(found.read_text(encoding="utf-8")),
+            **restored,
             **job.more(),
         }
+
+    def _begun(self, job: Job, first: Run, folder: Path, environment: dict[str, str]) -> bool:
+        """Give a run that is to be restored its first pass, which is a run like others; False if that fails."""
+        args, whole = self.args, self.args.work / job.fit_name(self.args, first)
+        fit = fit_command(first, args, args.calibrations[job.calibration], whole)
+        if not self._calibrated(whole, fit, environment):
+            return False
+        if not (folder / "first").exists():
+            shutil.copytree(whole, folder / "part", dirs_exist_ok=True)
+            (folder / "part").rename(folder / "first")
+        return True
+
+    def _restored(self, job: Job, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+        """What the restored model is, before it is rounded again."""
+        found = folder.with_name(f"{folder.name}-restored.json")
+        measure = job.measure(self.args, folder, found)
+        where = measure.index("--run")
+        measure[where : where + 2] = ["--model.source", str(folder / "restored" / "model")]
+        if not call(measure, found.with_suffix(""), environment):
+            return {}
+        facts = json.loads((folder / "restored" / "restoration.json").read_text(encoding="utf-8"))
+        kept = ("steps", "tokens", "seconds_this_process", "losses", "skipped_steps")
+        of_model = json.loads(found.read_text(encoding="utf-8"))
+        return {"restored": {**{key: facts[key] for key in kept}, "ppl": of_model["ppl"]}}
 
     def _calibrated(self, folder: Path, fit: list[str], environment: dict[str, str]) -> bool:
         with self._names:
@@ -173,6 +204,8 @@ class Bench:
         """Without this machine's paths; texts by their files' names, wherever these lie."""
         texts = {*self.args.calibrations.values(), *self.args.texts.values()}
         words = [Path(part).name if part in texts else part for part in ["ptql", *command]]
+        for file in getattr(self.args, "learn", ()):  # in a list
+            words = [word.replace(file, Path(file).name) for word in words]
         return portable(words, argparse.Namespace(model=str(self.args.model)), folder)
 
 
