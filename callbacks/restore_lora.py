@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from lightning.pytorch import Callback
 from ptql.callbacks.block import BlockCallback
@@ -26,8 +25,8 @@ class LoRARestoration(BlockCallback):
     LoRA is merged into the quantised weights: the second pass begins with W_q + alpha / r * B A.
 
     Args:
-        text: What LoRA learns on: `.txt` and `.jsonl` files (a line is a document), `pydoc`, `wikitext2`, `c4`, `ptb`, or
-            hub sets (owner/name; column `text`); the calibration's text by default.
+        text: What LoRA learns on: `.txt` and `.jsonl` files (a line is a document), `pydoc`, `wikitext2`, `c4`, `ptb`,
+            or hub sets (owner/name; column `text`); the calibration's text by default.
         samples: Documents, or windows where they are packed, that are learned on in all.
         length: The most tokens of a sample; 2048, or the model's context where that is shorter.
         packing: Join documents to windows of full length; else a sample is one document, cut off at `length`.
@@ -82,7 +81,9 @@ class LoRARestoration(BlockCallback):
                 raise InputError(f"restoration {name}={number}: a whole number, {least} or more, is needed")
         for name, share in (("dropout", dropout), ("warmup", warmup), ("distil", distil)):
             if not 0 <= share <= 1 or (name == "dropout" and share == 1):
-                raise InputError(f"restoration {name}={share}: a share from 0 to 1 is needed; leave it out for the usual")
+                raise InputError(
+                    f"restoration {name}={share}: a share from 0 to 1 is needed; leave it out for the usual"
+                )
         for name, size in (("gradient_clip", gradient_clip), ("every_seconds", every_seconds)):
             if not size >= 0:
                 raise InputError(f"restoration {name}={size}: 0 or more is needed; leave it out for the usual")

@@ -34,8 +34,8 @@ class RestorationProgress(Callback):
         if on_terminal():
             self._bars = Bars(None, 4.0)
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: LoRATask, outputs: Any, batch: Any, batch_idx: int  # type: ignore[override]
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Any, pl_module: LoRATask, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return

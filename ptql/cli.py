@@ -1,4 +1,4 @@
-"""The command line: `ptql fit`, `ptql eval`, `ptql restore`. Options are the constructors' arguments; files give them too (-c)."""
+"""The command line: `ptql fit`, `eval`, `restore`. Options are constructors' arguments; files give them too (-c)."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def run_command(args: list[str]) -> None:
 
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
-            return dict.fromkeys(("fit", "eval", "restore"), {"model", "datamodule"})
+            return {name: {"model", "datamodule"} for name in ("fit", "eval", "restore")}
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             with told_as_input():

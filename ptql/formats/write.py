@@ -1,4 +1,4 @@
-"""Writes Hugging Face directories: a finished run, packed blocks and everything else as in the source; a dense model."""
+"""Writes Hugging Face directories: a finished run, its blocks packed and the rest as in the source; a dense model."""
 
 from __future__ import annotations
 

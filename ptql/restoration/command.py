@@ -26,7 +26,9 @@ NAME = "ptql.callbacks.LoRARestoration"
 def check_restore_options(model: QuantLM, data: CalibrationData | None) -> None:
     """Refuse what `restore` does not read: it has the run's model, and a text of its own."""
     if data is not None and data.settings() != CalibrationData().settings():
-        raise InputError("data: these are the windows to calibrate on; the text to learn on is --trainer.callbacks.text")
+        raise InputError(
+            "data: these are the windows to calibrate on; the text to learn on is --trainer.callbacks.text"
+        )
     if model.source is not None or model.identity() != QuantLM().identity():
         raise InputError("model: what is restored is a finished run's model, as it is; give --run RUN alone")
 

@@ -21,8 +21,9 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     config = copy.deepcopy(checkpoint.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    own = "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"  # SDPA leaves caps out
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=own).train()
 
 
 def block_tensors(checkpoint: Checkpoint, index: int) -> dict[str, Tensor]:

@@ -122,14 +122,16 @@ class Documents(Dataset):
 
 
 def collate(samples: list[Tensor]) -> dict[str, Tensor]:
-    """A batch: `input_ids`, `attention_mask` and `labels`, [samples, tokens], short samples filled up at the end."""
+    """A batch: `input_ids` and `labels`, [samples, tokens], short samples filled up at the end; `attention_mask` where
+    any was: without one, attention is causal and nothing else, which is faster."""
     longest = max(len(sample) for sample in samples)
     ids = torch.zeros(len(samples), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, sample in enumerate(samples):
         ids[row, : len(sample)] = sample
         mask[row, : len(sample)] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED)}
+    batch = {"input_ids": ids, "labels": ids.masked_fill(mask == 0, IGNORED)}
+    return batch if mask.all() else {**batch, "attention_mask": mask}
 
 
 def digest(documents: list[str | Tensor]) -> str:

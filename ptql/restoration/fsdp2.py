@@ -14,4 +14,7 @@ class FSDP2(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.num_processes * self.num_nodes, 1
-        super().setup_environment()
+        if self.lightning_module is None:  # the run's own trainer: it needs the processes, and has no model
+            self._setup_distributed()
+        else:
+            super().setup_environment()

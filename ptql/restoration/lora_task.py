@@ -186,8 +186,8 @@ class LoRATask(LightningModule):
         world, rank = self.trainer.world_size, self.trainer.global_rank
         done = self.first_step * self.trainer.accumulate_grad_batches + batch_idx
         torch.manual_seed(self.lesson.seed + done * world + rank)  # dropout is the same for a run that was stopped
-        self.tokens += int(batch["attention_mask"].shape[0] * batch["attention_mask"].shape[1]) * world
-        mask = batch["attention_mask"]
+        self.tokens += batch["input_ids"].numel() * world
+        mask = batch.get("attention_mask")
         with self._arithmetic():
             out = self.model(input_ids=batch["input_ids"], attention_mask=mask, labels=batch["labels"], use_cache=False)
             loss = out.loss

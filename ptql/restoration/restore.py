@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch.utils.data import DataLoader, Subset
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 
 from ptql.calibration.ledger import MANIFEST, Ledger, difference, read_manifest
 from ptql.calibration.memory import give_back_memory
@@ -162,7 +162,7 @@ class Stage:
         try:
             found = dict(json.loads((self.folder / FACTS).read_text(encoding="utf-8")))["identity"]
         except FileNotFoundError:
-            if any(self.folder.iterdir()):
+            if any(file.name != f"{FACTS}.tmp" for file in self.folder.iterdir()):  # left by a process that was killed
                 raise InputError(f"{self.folder}: holds files, but no {FACTS}; move them away") from None
             return
         except (OSError, ValueError, LookupError, TypeError) as error:
@@ -217,6 +217,8 @@ class Stage:
         """
         if self.trainer.ranks.all(self.finished):
             self._say("restored earlier")
+            if self.trainer.is_global_zero:
+                Partial(self.folder).clear()  # left by a process that was killed when the model was in place
             return self.model
         trainer = self.trainer
         self.check_first(first)
@@ -312,9 +314,7 @@ class Stage:
         }
         ledger = Ledger(first, read_manifest(first / "ledger" / MANIFEST)["identity"])
         salience = salience_of(ledger, student) if self.settings.masks == "first" else None
-        dense = merged(
-            dense_tensors(student), student.family.blocks, factors, self.lesson.scale, self.source.dtype()
-        )
+        dense = merged(dense_tensors(student), student.family.blocks, factors, self.lesson.scale, self.source.dtype())
         put_text(self.folder / FACTS, json.dumps(facts, indent=2) + "\n")
         write_dense(student, dense, self.model, describe(facts, salience))
 

@@ -36,9 +36,7 @@ def check_passes(run: Path, restoration: LoRARestoration | None, budget: BitBudg
         )
 
 
-def first_stage(
-    trainer: BlockTrainer, restoration: LoRARestoration, model: QuantLM, data: CalibrationData
-) -> Stage:
+def first_stage(trainer: BlockTrainer, restoration: LoRARestoration, model: QuantLM, data: CalibrationData) -> Stage:
     """The restoring stage of a `fit`, before its first pass; `InputError` if something would not go together."""
     source = model.open()
     stored_as = model.packed_format(source, model.added_biases(source.block(0), source))

@@ -24,7 +24,7 @@ PLANS = ("parts", "baselines", "ablations")
 def test_each_row_has_a_name_and_each_calibration_one_command() -> None:
     args = arguments(*PLANS)
     jobs = ptq161.planned(args)
-    assert len({job.name(args) for job in jobs}) == len({job.fit_name(args) for job in jobs}) == len(jobs) == 14
+    assert len({job.name(args) for job in jobs}) == len({job.fit_name(args) for job in jobs}) == len(jobs) == 17
     commands = {tuple(fit_command(job.run, args, "/t/wiki.txt", Path("/w/run"))) for job in jobs}
     assert len(commands) == len(jobs)
     assert {job.label for job in jobs if not job.run.epochs} == {"signs alone", "salient channels", "rtn"}

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ptql.errors import InputError
-from ptql.nn.signed_product import ChannelOrder
 from ptql.nn.salient_linear import SalientLinear
+from ptql.nn.signed_product import ChannelOrder
 from ptql.parts.inputs import InputRange
 from ptql.parts.weights import Affine, LinearQuantizer, SalientBinary
 from ptql.parts.weights.affine import AffineLinear
