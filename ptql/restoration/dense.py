@@ -19,8 +19,7 @@ HEAD = "lm_head.weight"
 def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """The model without weights: parameters on the meta device, buffers (RoPE's) real, layers plain ones."""
     config = copy.deepcopy(checkpoint.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     own = "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"  # SDPA leaves caps out
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=own).train()

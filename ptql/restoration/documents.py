@@ -20,7 +20,9 @@ IGNORED = -100  # a label that Hugging Face's loss leaves out
 FEWEST = 2  # tokens of a document that has anything to predict
 
 
-def read_documents(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[str | Tensor]:
+def read_documents(
+    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, bos: int | None = None
+) -> list[str | Tensor]:
     """All documents of the texts: as text, or, where a text is not divided into any, as pieces of `length` tokens.
 
     Args:
@@ -28,6 +30,7 @@ def read_documents(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, l
             (`owner/name`, its split `train`, column `text`).
         tokenizer: Of the model.
         length: The most tokens of a piece.
+        bos: What each piece begins with; None for nothing.
 
     Raises:
         InputError: A text can't be had, or has no words.
@@ -36,8 +39,9 @@ def read_documents(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, l
     for source in sources:
         rows = text_rows(source)
         if rows is None:
-            pieces = tokenize(tokenizer, read_text(source)).split(length)
-            found += [piece for piece in pieces if len(piece) >= FEWEST]
+            first = torch.tensor([] if bos is None else [bos], dtype=torch.long)
+            pieces = tokenize(tokenizer, read_text(source)).split(length - len(first))
+            found += [torch.cat([first, piece]) for piece in pieces if len(piece) >= FEWEST]
         else:
             found += [row for row in rows if row.strip()]
     if not found:

@@ -157,7 +157,7 @@ class LoRATask(LightningModule):
             load(model.get_submodule(f"{path}.{index}"), tensors, device)
         load(model, outside_tensors(checkpoint, model), device)
         model.tie_weights()
-        model.to(device)  # buffers
+        model.to(device=device)  # type: ignore[arg-type]  # buffers
 
     def _with_lora(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a block as its LoRA layers name them, and LoRA's own: as saved, or at their start."""

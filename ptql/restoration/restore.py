@@ -19,7 +19,7 @@ from ptql.calibration.ledger import MANIFEST, Ledger, difference, read_manifest
 from ptql.calibration.memory import give_back_memory
 from ptql.calibration.partial import LocalCheckpointIO, Partial
 from ptql.calibration.run_logger import RunLogger
-from ptql.calibration.tokens import load_tokenizer
+from ptql.calibration.tokens import bos_token, load_tokenizer
 from ptql.checkpoint import Checkpoint
 from ptql.disk import put_text
 from ptql.errors import InputError
@@ -27,7 +27,7 @@ from ptql.formats.write import write_dense
 from ptql.restoration.dense import dense_tensors, why_not_dense
 from ptql.restoration.documents import Documents, check_sources, collate, digest, read_documents
 from ptql.restoration.lora_task import Lesson, LoRATask, merged
-from ptql.restoration.restored import describe, salience_of
+from ptql.restoration.restored import describe, restoration_of, salience_of
 
 if TYPE_CHECKING:
     from ptql.calibration.trainer import BlockTrainer
@@ -150,7 +150,7 @@ class Stage:
                 f"restoration length={settings.length}: a sample is at most the model's context of {source.context} "
                 "tokens; use that or less"
             )
-        documents = read_documents(sources, tokenizer, length)
+        documents = read_documents(sources, tokenizer, length, bos_token(tokenizer, source.family.bos))
         samples = Documents(documents, tokenizer, settings.samples, length, settings.packing, settings.seed)
         samples[0]  # fails now if there is nothing to learn
         return Reading(documents, digest(documents), samples, length)
@@ -270,7 +270,7 @@ class Stage:
             accumulate_grad_batches=settings.accumulate,
             default_root_dir=self.folder,
             logger=logger,
-            log_every_n_steps=max(outer.log_every_n_steps, 1),
+            log_every_n_steps=max(outer.log_every_n_steps, 1),  # type: ignore[attr-defined]
             callbacks=[keeper, *self.settings.progress(outer, self.lesson.steps, task.first_step)],
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -303,7 +303,8 @@ class Stage:
         before = json.loads((self.folder / FACTS).read_text(encoding="utf-8"))
         facts = {
             **before,
-            "source": str(self.source.directory.absolute()),
+            # of a model that was restored before, the very first
+            "source": restoration_of(self.source.directory).get("source", str(self.source.directory.absolute())),
             "first": str(first.absolute()),
             "text": self.settings.text,
             "steps": self.lesson.steps,

@@ -29,7 +29,7 @@ def check_passes(run: Path, restoration: LoRARestoration | None, budget: BitBudg
         return
     if budget is not None:
         raise InputError("bits_budget with LoRARestoration: bits are chosen for one pass; leave one of them out")
-    if (run / FOLDER).exists() and not (run / RESTORED).exists():
+    if (run / FOLDER).exists() and not (run / FIRST).exists():
         raise InputError(
             f"{run}: holds a run of one pass, and with LoRARestoration there are three stages; give another "
             "--trainer.default_root_dir, or leave the callback out"
