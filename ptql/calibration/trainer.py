@@ -55,6 +55,7 @@ from ptql.evaluation.size import model_size
 from ptql.formats.write import write_model
 from ptql.restoration.command import check_restore_options, recorded_stage
 from ptql.restoration.restore import FIRST, Stage
+from ptql.restoration.restored import restored_by
 from ptql.restoration.stages import check_passes, first_stage
 
 PROCESSES = ("accelerator", "devices", "num_nodes", "strategy")
@@ -409,7 +410,7 @@ class BlockTrainer(Trainer):
         size = model_size(self.run_dir / MODEL, plan.source)
         fit = fit_metrics(self, model, plan, seconds)
         bits = {} if plan.bits is None else {"bits": bits_found(self, plan)}
-        merge_metrics(self.run_dir / METRICS, {**size, **bits, "fit": fit})
+        merge_metrics(self.run_dir / METRICS, {**size, **bits, **restored_by(plan.source.directory), "fit": fit})
         write_report(self.run_dir)
         print(
             f"{self.run_dir / MODEL}: {size['bits_per_weight']:.3f} bits per quantised weight, "

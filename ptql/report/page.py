@@ -12,6 +12,7 @@ from ptql.report.notices import box
 from ptql.report.outliers import outliers
 from ptql.report.quality import quality
 from ptql.report.recipe_words import recipe_of
+from ptql.report.restoration import restoration
 from ptql.report.run_files import RunFiles
 from ptql.report.setup import setup
 from ptql.report.size import size
@@ -27,7 +28,7 @@ def page(run: RunFiles) -> Markup:
     """The page: one document without references to other files or hosts."""
     recipe = recipe_of(run)
     title = " ".join(part for part in (recipe.model, recipe.method, recipe.scheme) if part)
-    sections = (quality, losses, bits, weight_error, outliers, size, cost, setup)
+    sections = (quality, restoration, losses, bits, weight_error, outliers, size, cost, setup)
     written = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     body = tag("main", head(run), box(run), [section(run) for section in sections])
     head_ = tag(

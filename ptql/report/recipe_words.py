@@ -29,8 +29,9 @@ class Recipe:
 
 def recipe_of(run: RunFiles) -> Recipe:
     """From the metrics, the ledger and the configuration, whichever of them is there."""
-    source = str(section(run.metrics, "fit").get("source") or section(run.config, "model").get("source") or "")
-    method = section(run.metrics, "fit").get("method") or section(run.config, "model").get("method") or ""
+    fit = section(run.metrics, "fit")
+    source = str(fit.get("original") or fit.get("source") or section(run.config, "model").get("source") or "")
+    method = fit.get("method") or section(run.config, "model").get("method") or ""
     weight = _either(run, "weight")
     activation = _either(run, "activation")
     bits, group, act = real(weight.get("bits")), real(weight.get("group_size")), real(activation.get("bits"))

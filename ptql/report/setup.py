@@ -32,7 +32,8 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     recipe, fit = recipe_of(run), section(run.metrics, "fit")
     data, trainer, model = (section(run.config, key) for key in ("data", "trainer", "model"))
     return [
-        ("Model", str(fit.get("source") or model.get("source") or "")),
+        ("Model", str(fit.get("original") or fit.get("source") or model.get("source") or "")),
+        ("Restored", str(fit.get("source")) if fit.get("original") else ""),
         ("Method", recipe.method),
         ("Scheme", f"{recipe.scheme}: {recipe.words}" if recipe.scheme else ""),
         ("Transforms", _transforms(run)),

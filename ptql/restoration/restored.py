@@ -86,3 +86,10 @@ def restoration_of(model: Path) -> dict[str, Any]:
         return dict(json.loads((model / RESTORATION).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
+
+
+def restored_by(model: Path) -> dict[str, Any]:
+    """The section `restoration` of metrics.json of a run whose source is the model; nothing if it was not restored."""
+    facts = restoration_of(model)
+    told = ("text", "steps", "tokens", "seconds_this_process", "skipped_steps", "losses")
+    return {"restoration": {key: facts[key] for key in told if key in facts}} if facts else {}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ptql.report import bits, cost, losses, notices, outliers, quality, setup, size, summary, weight_error
+from ptql.report import bits, cost, losses, notices, outliers, quality, restoration, setup, size, summary, weight_error
 from ptql.report.recipe_words import recipe_of
 from ptql.report.run_files import read_run
 from tests.report.synthetic import NAMES, SITES, make_run
@@ -233,3 +233,40 @@ def test_long_blocks_are_timed_in_minutes(tmp_path):
     changes = {i: {"seconds": 900.0, "seconds_learning": 600.0} for i in range(6)}
     assert ">minutes</p>" in cost.cost(run_with(tmp_path / "a", changes=changes))
     assert ">seconds</p>" in cost.cost(run_with(tmp_path / "b"))
+
+
+RESTORED = {
+    "text": ["stories.jsonl"],
+    "steps": 40,
+    "tokens": 81920,
+    "seconds_this_process": 75.0,
+    "skipped_steps": 1,
+    "losses": [[10, 5.5], [20, 5.0], [30, 4.75], [40, 4.5]],
+}
+
+
+def test_a_restored_run_shows_what_lora_learned(tmp_path: Path) -> None:
+    run = run_with(tmp_path / "run", {"restoration": RESTORED})
+    (run.path / "first").mkdir()
+    (run.path / "first" / "report.html").write_text("")
+    made = restoration.restoration(run)
+    said = words(made)
+    assert "on stories.jsonl: 40 steps, 81,920 tokens, 1 min 15 s" in said
+    assert "1 step had gradients" in said
+    assert "Training loss of LoRA from 5.500 to 4.500" in made
+    assert 'href="first/report.html"' in made
+    assert "step 30: 4.750" in said
+
+
+def test_a_run_of_one_pass_says_nothing_of_lora(tmp_path: Path) -> None:
+    assert restoration.restoration(run_with(tmp_path / "run")) == ""
+    for number, odd in enumerate(
+        ({"losses": "none"}, {"losses": [[1], "x", [2, None]], "text": 3, "skipped_steps": "x"}, {"steps": "many"})
+    ):
+        ET.fromstring(restoration.restoration(run_with(tmp_path / str(number), {"restoration": odd})))
+
+
+def test_a_restored_run_is_called_after_the_model_it_began_with(tmp_path: Path) -> None:
+    run = run_with(tmp_path / "run", {"fit": {"source": "/runs/RUN/restored/model", "original": "/models/Llama-7B"}})
+    assert recipe_of(run).model == "Llama-7B"
+    assert "/runs/RUN/restored/model" in words(setup.setup(run))
