@@ -108,8 +108,11 @@ class LoRATask(LightningModule):
     # Building: on the meta device first, so that no process holds more than its part
 
     def configure_model(self) -> None:
-        if self.model is not None:
-            return
+        if self.model is None:
+            with torch.device("cpu"):  # Lightning would have all that is made here on the GPU, whatever it is for
+                self._build()
+
+    def _build(self) -> None:
         model = empty_model(self.checkpoint, self.dtype_of_weights)
         model.requires_grad_(False)
         prefix = self.checkpoint.family.blocks
