@@ -69,7 +69,7 @@ ONCE = ("--trainer.callbacks", "null")
 """The recipe's single pass."""
 OURS = (f"{ROUNDS}.statistic", "mean", f"{ROUNDS}.faithful", "false")
 LORA = "--trainer.callbacks"
-PACKED = {"packing": "true", "batch_size": "4", "accumulate": "1"}
+PACKED = {"packing": "true", "batch_size": "4", "accumulate": "1", "gradient_checkpointing": "false"}
 RESTORED: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "restored as published": ((), {"gradient_checkpointing": "false", "passes": "3"}),
     "restored, packed": ((), {**PACKED, "lr": "5e-4"}),
