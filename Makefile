@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadscope
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 check: $(READY)
 	$(BIN)/ruff check .
