@@ -22,12 +22,12 @@ OWN = {"--model.objective.skip", "--model.activation_quantizer.keep"}  # of the 
 
 @pytest.fixture(scope="module")
 def options() -> set[str]:
-    """What `--help` of both commands names."""
+    """What `--help` of the commands names."""
     import contextlib
     import io
 
     text = io.StringIO()
-    for command in ("fit", "eval"):
+    for command in ("fit", "eval", "restore"):
         with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
             main([command, "--help"])
     return set(re.findall(r"--[a-z][\w.]*", text.getvalue()))
@@ -73,7 +73,7 @@ def test_options_exist(page: Path, options: set[str]) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_shipped_names_exist(page: Path) -> None:
-    for folder, name in re.findall(r"-c (methods|schemes|strategies)/(\w+)", page.read_text()):
+    for folder, name in re.findall(r"-c (methods|schemes|strategies)/(\w+(?:\.\w+)*)", page.read_text()):
         assert (ROOT / "configs" / folder / f"{name}.yaml").is_file(), name
     for name in re.findall(r"`(ptql/[\w/]+\.py|tests/[\w/]+\.py|benchmarks/[\w/]+\.py)`", page.read_text()):
         assert (ROOT / name).is_file() or "NAME" in name, name
