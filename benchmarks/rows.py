@@ -182,7 +182,7 @@ class Bench:
         if not call(measure, found.with_suffix(""), environment):
             return {}
         facts = json.loads((folder / "restored" / "restoration.json").read_text(encoding="utf-8"))
-        kept = ("steps", "tokens", "seconds_this_process", "losses", "skipped_steps")
+        kept = ("steps", "tokens", "seconds", "losses", "skipped_steps")
         of_model = json.loads(found.read_text(encoding="utf-8"))
         return {"restored": {**{key: facts[key] for key in kept}, "ppl": of_model["ppl"]}}
 

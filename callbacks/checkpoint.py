@@ -15,6 +15,7 @@ from ptql.errors import InputError
 if TYPE_CHECKING:
     from ptql.calibration.block_task import BlockTask
     from ptql.calibration.ledger import BlockRecord
+    from ptql.calibration.quant_lm import QuantLM
     from ptql.calibration.trainer import BlockTrainer
 
 
@@ -34,6 +35,9 @@ class BlockCheckpoint(Checkpoint, BlockCallback):
         self.seconds = 0.0  # spent on saving, of this process
         self._saved = 0.0
         self._log_is_clear = False  # of steps that an earlier process logged and did not save
+
+    def on_model_start(self, trainer: BlockTrainer, model: QuantLM) -> None:
+        self.seconds = 0.0
 
     def on_train_start(self, trainer: BlockTrainer, pl_module: BlockTask) -> None:  # type: ignore[override]
         trainer.signals.take_over()  # from Lightning, which has just put its own handler in place

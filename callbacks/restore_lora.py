@@ -91,6 +91,8 @@ class LoRARestoration(BlockCallback):
             raise InputError(f"restoration alpha={alpha}: a number above 0 is needed; 16 is usual")
         if masks not in get_args(Masks):
             raise InputError(f"restoration masks={masks!r}: one of {', '.join(get_args(Masks))} is needed")
+        if targets is not None and not targets:
+            raise InputError("restoration targets=[]: nothing would learn; leave it out for the usual layers")
         check_learning_rate(lr, "leave the restoration out to learn nothing")
         self.text = [text] if isinstance(text, str) else list(text or [])
         self.samples, self.length, self.packing = samples, length, packing

@@ -128,6 +128,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated.*")  # a name of transformers 6
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # texts are tokens in memory
     warnings.filterwarnings("ignore", message="No seed found.*")
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match.*")  # DDP, as Lightning
 

@@ -174,7 +174,9 @@ class BlockTrainer(Trainer):
             run: A finished run; or one that `fit` began and whose first pass is done: the same `fit` goes on then.
             out: Directory for the restored model, in its folder `model`; of the second kind it is RUN/restored.
         """
-        check_restore_options(model, datamodule)
+        check_restore_options(self, model, datamodule)
+        self._precision_of_products(model)
+        self._run_dir = Path(out or run or self.run_dir)
         with self._together(datamodule):
             stage, first = recorded_stage(self, self._restoration(), run, out)
             if not self.dry_run_only:

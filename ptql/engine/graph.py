@@ -127,7 +127,9 @@ class GraphedStep(Step):
         """All that a step changes and the next one reads."""
         moments = [tensor for state in self._state for tensor in state.values()]
         counts = [self.epoch_loss, self.skipped, self._skip, self._flat, *self._sums]
-        return [*self._learnables, *self.task.buffers(), *moments, *counts]
+        # signs are many, and the same in each step
+        buffers = [buffer for name, buffer in self.task.named_buffers() if ".signed." not in name]
+        return [*self._learnables, *buffers, *moments, *counts]
 
     def _run(self, key: Hashable, piece: Callable[..., None], *args: Any) -> None:
         if args:

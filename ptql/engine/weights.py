@@ -55,6 +55,7 @@ class StepWeights:
         for name, quantizer, product in self._signed:
             matrix = weights.pop(f"{name}.weight")
             assert isinstance(matrix, Scaled)
+            assert matrix.rows is None and matrix.columns is None, f"{name}: something has folded it"  # noqa: PT018
             made |= {f"{name}.signed.{part}": t for part, t in quantizer.factors(matrix.base, product).items()}
         for group, buffer in zip(self._groups, self._buffers, strict=True):
             parts, start = [], 0

@@ -20,7 +20,7 @@ def restoration(run: RunFiles) -> Markup:
         return join()
     points = _points(found.get("losses"))
     words = f"The first pass's model learned again, by LoRA merged into its quantised weights{_text(found)}"
-    steps, tokens, seconds = (real(found.get(key)) for key in ("steps", "tokens", "seconds_this_process"))
+    steps, tokens, seconds = (real(found.get(key)) for key in ("steps", "tokens", "seconds"))
     if math.isfinite(steps):
         words += f": {plural(round(steps), 'step')}"
         words += f", {figure(tokens, 3)} tokens" if math.isfinite(tokens) else ""

@@ -20,11 +20,17 @@ from ptql.restoration.restore import FIRST, RESTORED, Stage
 if TYPE_CHECKING:
     from ptql.calibration.trainer import BlockTrainer
 
-NAME = "ptql.callbacks.LoRARestoration"
 
-
-def check_restore_options(model: QuantLM, data: CalibrationData | None) -> None:
-    """Refuse what `restore` does not read: it has the run's model, and a text of its own."""
+def check_restore_options(trainer: BlockTrainer, model: QuantLM, data: CalibrationData | None) -> None:
+    """Refuse what `restore` does not read: it has the run's model, and text and steps of its own."""
+    for name, usual, own in (
+        ("accumulate_grad_batches", 1, "accumulate"),
+        ("gradient_clip_val", None, "gradient_clip"),
+    ):
+        if (value := getattr(trainer, name)) != usual:
+            raise InputError(
+                f"{name}={value}: LoRA has a setting of its own; use --trainer.callbacks.{own}, and leave this one out"
+            )
     if data is not None and data.settings() != CalibrationData().settings():
         raise InputError(
             "data: these are the windows to calibrate on; the text to learn on is --trainer.callbacks.text"

@@ -14,12 +14,16 @@ from ptql.checkpoint import Checkpoint
 from ptql.formats.ptql import PackedFormat
 
 HEAD = "lm_head.weight"
+DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "embd_pdrop", "resid_pdrop", "layerdrop")
 
 
 def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """The model without weights: parameters on the meta device, buffers (RoPE's) real, layers plain ones."""
     config = copy.deepcopy(checkpoint.config)
     vars(config).pop("quantization_config", None)
+    for name in DROPOUTS:  # OPT has some; what is dropped while LoRA learns is LoRA's setting alone
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
     own = "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"  # SDPA leaves caps out
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=own).train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from ptql.checkpoint import Checkpoint
+from ptql.errors import InputError
 from ptql.restoration.dense import block_tensors, empty_model, outside_tensors
 from ptql.restoration.documents import IGNORED
 
@@ -90,7 +92,6 @@ class LoRATask(LightningModule):
         state: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.strict_loading = False
         self.checkpoint, self.teacher_checkpoint = student, teacher
         self.lesson, self.dtype_of_weights = lesson, dtype
         self._state = state or {}
@@ -99,9 +100,12 @@ class LoRATask(LightningModule):
         """Mean losses of the steps up to, and without, the step that is noted beside each."""
         self.tokens = int(self._state.get("tokens", 0))
         self.skipped_steps = int(self._state.get("skipped", 0))
-        self._count = 0
+        self.seconds = float(self._state.get("seconds", 0.0))
+        """Of learning, in earlier processes."""
+        self._sum, self._count = float(self._state.get("loss_sum", 0.0)), int(self._state.get("loss_count", 0))
         self._loss: Tensor | None = None
-        self._skipped: Tensor | None = None
+        self._tokens: Tensor | None = None
+        self._began = 0.0
         self.model: PreTrainedModel | None = None
         self.teacher: PreTrainedModel | None = None
 
@@ -157,7 +161,10 @@ class LoRATask(LightningModule):
             load = _load_whole
         for index in range(checkpoint.num_blocks):
             tensors = complete(index, block_tensors(checkpoint, index))
-            load(model.get_submodule(f"{path}.{index}"), tensors, device)
+            block = model.get_submodule(f"{path}.{index}")
+            # weights that nobody fills would be whatever the memory held
+            assert tensors.keys() == dict(block.named_parameters()).keys(), f"block {index}: not the model's tensors"
+            load(block, tensors, device)
         load(model, outside_tensors(checkpoint, model), device)
         model.tie_weights()
         model.to(device=device)  # type: ignore[arg-type]  # buffers
@@ -189,7 +196,8 @@ class LoRATask(LightningModule):
         world, rank = self.trainer.world_size, self.trainer.global_rank
         done = self.first_step * self.trainer.accumulate_grad_batches + batch_idx
         torch.manual_seed(self.lesson.seed + done * world + rank)  # dropout is the same for a run that was stopped
-        self.tokens += batch["input_ids"].numel() * world
+        seen = (batch["labels"] != IGNORED).sum()
+        self._tokens = seen if self._tokens is None else self._tokens + seen
         mask = batch.get("attention_mask")
         with self._arithmetic():
             out = self.model(input_ids=batch["input_ids"], attention_mask=mask, labels=batch["labels"], use_cache=False)
@@ -200,8 +208,14 @@ class LoRATask(LightningModule):
                 divergence = kl_divergence(out.logits[:, :-1], wanted[:, :-1], batch["labels"][:, 1:] != IGNORED)
                 loss = (1 - self.lesson.distil) * loss + self.lesson.distil * divergence
         self.log("restore/loss", loss.detach())
-        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        self._loss = loss.detach() + (self._sum if self._loss is None else self._loss)
         return loss
+
+    def on_train_start(self) -> None:
+        self._began = time.monotonic()
+
+    def on_train_end(self) -> None:
+        self.model = self.teacher = None  # or Lightning would take all of it to the host's memory
 
     def _arithmetic(self) -> Any:
         if self.dtype_of_weights == torch.float32:
@@ -209,33 +223,28 @@ class LoRATask(LightningModule):
         return torch.autocast(self.device.type, self.dtype_of_weights)
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
-        """Clip, and leave a step out whose gradient is not finite: its gradients become zeros."""
+        """Clip, and skip a step whose gradient is not finite: without gradients, the optimiser leaves all alone."""
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = get_total_norm(grads)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[attr-defined]
-        finite = torch.isfinite(norm)
-        self._skipped = (~finite).int() if self._skipped is None else self._skipped + (~finite).int()
-        share = (self.lesson.clip / (norm + 1e-6)).clamp(max=1.0) if self.lesson.clip else torch.ones_like(norm)
-        for grad in grads:
-            local = grad.to_local() if hasattr(grad, "to_local") else grad  # type: ignore[attr-defined]
-            local.mul_(share)
-            torch.where(finite, local, torch.zeros_like(local), out=local)
+        if not norm.isfinite():  # the same in all processes
+            self.skipped_steps += 1
+            optimizer.zero_grad(set_to_none=True)
+        elif self.lesson.clip:
+            share = (self.lesson.clip / (norm + 1e-6)).clamp(max=1.0)
+            for grad in grads:
+                (grad.to_local() if hasattr(grad, "to_local") else grad).mul_(share)  # type: ignore[attr-defined]
 
     def optimizer_done(self, step: int) -> None:
         """A step of the optimiser is over, so many in all; a mean loss is noted now and then."""
         self._count += self.trainer.accumulate_grad_batches
         if step == self.lesson.steps or step % max(self.lesson.steps // POINTS, 1) == 0:
-            self.note(step)
+            self.losses.append((step, float(f"{self._over_processes(self._loss) / self._count:.5g}")))
+            self._loss, self._sum, self._count = None, 0.0, 0
 
-    def note(self, step: int) -> None:
-        """Note the mean loss since the last one that was noted; waits for the GPU."""
-        if self._loss is not None and self._count:
-            mean = self.trainer.strategy.reduce(self._loss / self._count, reduce_op="mean")
-            self.losses.append((step, float(f"{mean.item():.5g}")))
-        self._loss, self._count = None, 0
-        if self._skipped is not None:
-            self.skipped_steps += int(self._skipped)
-            self._skipped = None
+    def _over_processes(self, loss: Tensor | None) -> float:
+        """Mean of a sum of losses over the processes; waits for the GPU."""
+        return self._sum if loss is None else self.trainer.strategy.reduce(loss.clone(), reduce_op="mean").item()
 
     def configure_optimizers(self) -> Any:
         optimizer = AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lesson.lr, weight_decay=0.0)
@@ -261,7 +270,9 @@ class LoRATask(LightningModule):
 
     def state(self, step: int) -> dict[str, Any]:
         """All that a later process needs to go on behind so many steps. All processes come here."""
-        self.note(step)
+        if self._tokens is not None:
+            self.tokens += int(self.trainer.strategy.reduce(self._tokens, reduce_op="sum"))
+            self._tokens = None
         optimizer = self.optimizers(use_pl_optimizer=False)
         optimizer_state: dict[str, Any] = dcp.get_optimizer_state_dict(self, optimizer, options=FULL)  # type: ignore[arg-type]
         for group in optimizer_state.get("param_groups", ()):
@@ -271,8 +282,11 @@ class LoRATask(LightningModule):
             "lora": self.factors(),
             "optimizer": optimizer_state,
             "losses": [list(point) for point in self.losses],
+            "loss_sum": self._over_processes(self._loss),
+            "loss_count": self._count,
             "tokens": self.tokens,
             "skipped": self.skipped_steps,
+            "seconds": self.seconds + time.monotonic() - self._began,
         }
 
 
@@ -284,15 +298,23 @@ def kl_divergence(found: Tensor, wanted: Tensor, counts: Tensor) -> Tensor:
     return (each * counts).sum() / counts.sum()
 
 
+def _dtypes(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, torch.dtype]:
+    """Of the parameters; an error where a tensor belongs to none."""
+    dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
+    if unknown := tensors.keys() - dtypes.keys():
+        raise InputError(f"restoration: the model has no {', '.join(sorted(unknown))}; its config.json is of another")
+    return dtypes
+
+
 def _load_whole(module: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
     """Put tensors in the place of parameters, in the parameters' dtype."""
-    dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
+    dtypes = _dtypes(module, tensors)
     module.load_state_dict({name: t.to(device, dtypes[name]) for name, t in tensors.items()}, assign=True, strict=False)
 
 
 def _load_part(module: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
     """Fill this process's part of sharded parameters."""
-    dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
+    dtypes = _dtypes(module, tensors)
     dcp.set_model_state_dict(
         module,
         {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from ptql.calibration.ledger import MANIFEST, Ledger, difference, read_manifest
+from ptql.calibration.ledger import FOLDER, MANIFEST, Ledger, difference, read_manifest
 from ptql.calibration.memory import give_back_memory
-from ptql.calibration.partial import LocalCheckpointIO, Partial
+from ptql.calibration.partial import PATTERN, LocalCheckpointIO, Partial
 from ptql.calibration.run_logger import RunLogger
 from ptql.calibration.tokens import bos_token, load_tokenizer
 from ptql.checkpoint import Checkpoint
@@ -27,7 +29,7 @@ from ptql.formats.write import write_dense
 from ptql.restoration.dense import dense_tensors, why_not_dense
 from ptql.restoration.documents import Documents, check_sources, collate, digest, read_documents
 from ptql.restoration.lora_task import Lesson, LoRATask, merged
-from ptql.restoration.restored import describe, restoration_of, salience_of
+from ptql.restoration.restored import Salience, describe, restoration_of, salience_of
 
 if TYPE_CHECKING:
     from ptql.calibration.trainer import BlockTrainer
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 FIRST, RESTORED = "first", "restored"  # folders of a run in three stages
 FACTS = "restoration.json"
 MODEL = "model"
-HOW = ("processes", "precision")
+HOW = ("processes", "precision", "matmul")
 DTYPES = {"bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16, "32-true": torch.float32, "32": torch.float32}
 
 
@@ -45,13 +47,13 @@ class Reading:
     """The training text, read.
 
     Args:
-        documents: Of all its sources.
-        sha256: Of them.
+        sources: What it was read from.
+        sha256: Of its documents.
         samples: In the order in which they are learned.
         length: The most tokens of a sample.
     """
 
-    documents: list[str | Tensor]
+    sources: list[str]
     sha256: str
     samples: Documents
     length: int
@@ -104,6 +106,7 @@ class Stage:
             seed=settings.seed,
         )
         self.identity = json.loads(json.dumps(self._identity()))
+        self._salience: dict[str, Tensor] | None = None
         self._refuse_another()
 
     @property
@@ -125,6 +128,14 @@ class Stage:
     def finished(self) -> bool:
         return self.model.is_dir()
 
+    @property
+    def _learned(self) -> bool:
+        """Whether anything that was learned is kept."""
+        return self.finished or any(self.folder.glob(PATTERN))
+
+    def _how(self) -> tuple[int, str, str]:
+        return self.trainer.world_size, self.trainer.arithmetic, torch.get_float32_matmul_precision()
+
     def _identity(self) -> dict[str, Any]:
         """What decides the result, but for the first pass."""
         settings = self.settings
@@ -136,7 +147,7 @@ class Stage:
             "length": self.reading.length,
             "linears": list(self.lesson.linears),
             **{name: getattr(settings, name) for name in names},
-            **dict(zip(HOW, (self.trainer.world_size, self.trainer.arithmetic), strict=True)),
+            **dict(zip(HOW, self._how(), strict=True)),
         }
 
     def _read(self, default: str) -> Reading:
@@ -153,12 +164,14 @@ class Stage:
         documents = read_documents(sources, tokenizer, length, bos_token(tokenizer, source.family.bos))
         samples = Documents(documents, tokenizer, settings.samples, length, settings.packing, settings.seed)
         samples[0]  # fails now if there is nothing to learn
-        return Reading(documents, digest(documents), samples, length)
+        return Reading(sources, digest(documents), samples, length)
 
     def _refuse_another(self) -> None:
         """Raise `InputError` if the folder holds a stage that began in another way."""
         if not self.folder.exists():
             return
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder}: no directory; give another place for the restored model")
         try:
             found = dict(json.loads((self.folder / FACTS).read_text(encoding="utf-8")))["identity"]
         except FileNotFoundError:
@@ -167,6 +180,8 @@ class Stage:
             return
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise InputError(f"{self.folder / FACTS}: damaged ({error!r}); remove {self.folder}") from None
+        if not self._learned:
+            return  # nothing hangs on how it began: other devices may have more room
         apart = ("first", *(HOW if self.finished else ()))  # other processes may quantise what these have restored
         known, mine = ({k: v for k, v in each.items() if k not in apart} for each in (found, self.identity))
         if change := difference(known, mine):
@@ -197,9 +212,15 @@ class Stage:
                 f"{first / MODEL}: it has {reason}, so nothing can be merged into it; use a recipe without them "
                 "(`learn_shift: false`)"
             )
-        ledger = Ledger(first, read_manifest(first / "ledger" / MANIFEST)["identity"])
+        manifest = first / FOLDER / MANIFEST
+        if not manifest.is_file():
+            raise InputError(f"{manifest}: missing; a model is restored together with its run: keep the run's ledger")
+        ledger = Ledger(first, read_manifest(manifest)["identity"])
         self.identity["first"] = ledger.checksum()
-        if (self.folder / FACTS).is_file():
+        if self.settings.masks == "first":  # now: what is damaged there would show after all of the learning
+            before = Salience.beside(self.source.directory)  # a first pass of a restored model had these channels
+            self._salience = salience_of(ledger, self.source) if before is None else load_file(before.file)
+        if self._learned:
             found = json.loads((self.folder / FACTS).read_text(encoding="utf-8"))["identity"].get("first")
             if found != self.identity["first"]:
                 raise InputError(f"{self.folder}: restores another first pass than {first}; remove it, to do it again")
@@ -224,7 +245,7 @@ class Stage:
         self.check_first(first)
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / FACTS).is_file():
+            if not self._learned:
                 put_text(self.folder / FACTS, json.dumps({"identity": self.identity}, indent=2) + "\n")
         trainer.strategy.barrier("restoration")
         partial = Partial(self.folder)
@@ -232,16 +253,14 @@ class Stage:
         task = LoRATask(student, self.source if self.lesson.distil else None, self.lesson, self.dtype, state)
         if task.first_step:
             self._say(f"goes on behind step {task.first_step} of {self.lesson.steps}")
-        began = time.monotonic()
         keeper = Keeper(trainer, partial, self.settings.every_seconds, self.lesson.steps)
         left = self.lesson.steps - task.first_step
         if left:
             self._learn(task, keeper, left)
-            factors = keeper.factors
-        else:  # it was stopped while the model was being written
-            factors = (state or {})["lora"]
+            state = keeper.state
         if trainer.is_global_zero:
-            self._write(task, student, first, factors, time.monotonic() - began)
+            assert state is not None  # of this process, or of one that was stopped while the model was being written
+            self._write(student, first, state)
             partial.clear()
         del task
         give_back_memory()
@@ -270,7 +289,7 @@ class Stage:
             accumulate_grad_batches=settings.accumulate,
             default_root_dir=self.folder,
             logger=logger,
-            log_every_n_steps=max(outer.log_every_n_steps, 1),  # type: ignore[attr-defined]
+            log_every_n_steps=outer.log_every_n_steps,  # type: ignore[attr-defined]
             callbacks=[keeper, *self.settings.progress(outer, self.lesson.steps, task.first_step)],
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -278,7 +297,8 @@ class Stage:
             use_distributed_sampler=False,
         )
         inner.strategy.checkpoint_io = LocalCheckpointIO()
-        outer.signals.learning = True
+        # signals are asked for by Keeper; Lightning would wait for the GPU in each step
+        inner.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         try:
             inner.fit(task, loader)
         except torch.OutOfMemoryError as error:
@@ -289,6 +309,8 @@ class Stage:
             ) from error
         finally:
             outer.signals.learning = False
+        if outer.ranks.any(outer.signals.received is not None):  # after the last look inside
+            outer.stop()
 
     def _state(self, partial: Partial) -> dict[str, Any] | None:
         """What an earlier process saved, if every process can read it."""
@@ -297,27 +319,24 @@ class Stage:
             return None
         return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
 
-    def _write(
-        self, task: LoRATask, student: Checkpoint, first: Path, factors: dict[str, Tensor], seconds: float
-    ) -> None:
+    def _write(self, student: Checkpoint, first: Path, state: dict[str, Any]) -> None:
         before = json.loads((self.folder / FACTS).read_text(encoding="utf-8"))
         facts = {
             **before,
             # of a model that was restored before, the very first
             "source": restoration_of(self.source.directory).get("source", str(self.source.directory.absolute())),
             "first": str(first.absolute()),
-            "text": self.settings.text,
+            "text": self.reading.sources,
             "steps": self.lesson.steps,
-            "tokens": task.tokens,
-            "seconds_this_process": round(seconds, 1),
-            "skipped_steps": task.skipped_steps,
-            "losses": task.losses,
+            "tokens": state["tokens"],
+            "seconds": round(state["seconds"], 1),
+            "skipped_steps": state["skipped"],
+            "losses": [[step, loss if math.isfinite(loss) else str(loss)] for step, loss in state["losses"]],
         }
-        ledger = Ledger(first, read_manifest(first / "ledger" / MANIFEST)["identity"])
-        salience = salience_of(ledger, student) if self.settings.masks == "first" else None
-        dense = merged(dense_tensors(student), student.family.blocks, factors, self.lesson.scale, self.source.dtype())
+        blocks, dtype = student.family.blocks, self.source.dtype()
+        dense = merged(dense_tensors(student), blocks, state["lora"], self.lesson.scale, dtype)
         put_text(self.folder / FACTS, json.dumps(facts, indent=2) + "\n")
-        write_dense(student, dense, self.model, describe(facts, salience))
+        write_dense(student, dense, self.model, describe(facts, self._salience))
 
     def _say(self, line: str) -> None:
         if self.trainer.is_global_zero:
@@ -336,10 +355,12 @@ class Keeper(Callback):
 
     def __init__(self, outer: BlockTrainer, partial: Partial, every_seconds: float, steps: int) -> None:
         self.outer, self.partial, self.every_seconds, self.steps = outer, partial, every_seconds, steps
-        self.factors: dict[str, Tensor] = {}
+        self.state: dict[str, Any] | None = None
+        """What was saved last."""
         self._saved = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LoRATask) -> None:  # type: ignore[override]
+        self.outer.signals.learning = True  # from here on a signal waits for the end of the step
         self.outer.signals.take_over()  # from Lightning, which has just put its own handler in place
         self._saved = time.monotonic()
 
@@ -353,10 +374,9 @@ class Keeper(Callback):
         ranks, stop = self.outer.ranks, self.outer.ranks.any(self.outer.signals.received is not None)
         due = trainer.is_global_zero and time.monotonic() - self._saved >= self.every_seconds
         if step == self.steps or ranks.any(due) or stop:
-            state = pl_module.state(step)
-            self.factors = state["lora"]
+            self.state = pl_module.state(step)
             if trainer.is_global_zero:
-                torch.save(state, self.partial.scratch)
+                torch.save(self.state, self.partial.scratch)
                 self.partial.keep(0)
             trainer.strategy.barrier("restoration saved")
             self._saved = time.monotonic()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ptql.calibration.ledger import Ledger
 from ptql.checkpoint import Checkpoint
 from ptql.disk import put_text, save_tensors, sha256
-from ptql.errors import InputError, RunError
+from ptql.errors import InputError
 from ptql.formats.write import RESTORATION
 from ptql.parts.inputs import InputRange
 
@@ -62,10 +62,15 @@ def salience_of(first: Ledger, checkpoint: Checkpoint) -> dict[str, torch.Tensor
     for index in range(checkpoint.num_blocks):
         block = first.read(index)
         if block is None:
-            raise RunError(f"block {index} is missing or damaged in {first.folder}; run the same command again")
+            raise InputError(
+                f"block {index} is missing or damaged in {first.folder}; remove the folder `restored` beside that run, "
+                "if there is one, and the command that made the run does the block again"
+            )
         for group in checkpoint.layout.linears:
-            found[f"{index}.{group[0]}.absmax"] = block.ranges[f"before.{group[0]}"]
-            found[f"{index}.{group[0]}.mean"] = block.ranges[f"mean.{group[0]}"]
+            absmax = block.ranges[f"before.{group[0]}"]
+            found[f"{index}.{group[0]}.absmax"] = absmax
+            # runs made before means were kept have no part that reads them
+            found[f"{index}.{group[0]}.mean"] = block.ranges.get(f"mean.{group[0]}", absmax)
     return found
 
 
@@ -91,5 +96,5 @@ def restoration_of(model: Path) -> dict[str, Any]:
 def restored_by(model: Path) -> dict[str, Any]:
     """The section `restoration` of metrics.json of a run whose source is the model; nothing if it was not restored."""
     facts = restoration_of(model)
-    told = ("text", "steps", "tokens", "seconds_this_process", "skipped_steps", "losses")
+    told = ("text", "steps", "tokens", "seconds", "skipped_steps", "losses")
     return {"restoration": {key: facts[key] for key in told if key in facts}} if facts else {}

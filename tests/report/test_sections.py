@@ -239,7 +239,7 @@ RESTORED = {
     "text": ["stories.jsonl"],
     "steps": 40,
     "tokens": 81920,
-    "seconds_this_process": 75.0,
+    "seconds": 75.0,
     "skipped_steps": 1,
     "losses": [[10, 5.5], [20, 5.0], [30, 4.75], [40, 4.5]],
 }

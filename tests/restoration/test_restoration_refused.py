@@ -142,9 +142,20 @@ def test_a_stage_that_began_in_another_way(
         run = tmp_path / "RUN"
         (run / "restored").mkdir(parents=True)
         (run / "restored/restoration.json").write_text((runs / "RUN/restored/restoration.json").read_text())
+        (run / "restored/partial-00000-0.ckpt").touch()  # something was learned
     said = refused(fit(runs, run, thrice({"trainer.max_epochs": 0}, lr=2e-3)), run, capsys)
     remedy = "give another directory, or remove this one"
     assert said == f"{run}/restored: restored in another way: lr was 0.001 and is 0.002 now; {remedy}"
+
+
+def test_a_stage_that_learned_nothing_may_begin_in_another_way(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after too little memory: with smaller batches, or on other devices."""
+    folder = tmp_path / "RUN/restored"
+    folder.mkdir(parents=True)
+    (folder / "restoration.json").write_text((runs / "RUN/restored/restoration.json").read_text())
+    assert main([*fit(runs, tmp_path / "RUN", thrice(lr=2e-3)), "--trainer.fast_dev_run", "true"]) == 0
 
 
 def test_what_lies_where_a_stage_should_be(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,6 +243,7 @@ def test_another_first_pass(runs: Path, tmp_path: Path, capsys: pytest.CaptureFi
     known = json.loads((runs / "RUN/restored/restoration.json").read_text())
     known["identity"]["first"] = "0" * 16
     (folder / "restoration.json").write_text(json.dumps(known))
+    (folder / "partial-00000-0.ckpt").touch()
     command = ["restore", "--run", str(runs / "ONCE"), "--out", str(folder), "--trainer.accelerator", "cpu"]
     lesson = options({f"trainer.callbacks.{name}": value for name, value in callback()["init_args"].items()})
     said = refused([*command, "--trainer.callbacks", NAME, *lesson, "--trainer.logger", "false"], tmp_path, capsys)
