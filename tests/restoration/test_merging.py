@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ptql.cli import main
-from ptql.restoration.restore import Stage
+from ptql.restoration.lora_task import LoRATask
 from tests.models import CONFIGS, FAMILIES, some_ids
 from tests.restoration.lora import NAME, fitted, once
 
@@ -25,15 +24,16 @@ def test_the_merged_model_computes_what_was_learned(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live: dict[str, Tensor] = {}
-    write = Stage._write
+    end = LoRATask.on_train_end
 
-    def noting(stage: Stage, task: Any, *rest: Any) -> None:
+    def noting(task: LoRATask) -> None:
+        assert task.model is not None
         with torch.no_grad():
             live["logits"] = task.model.eval()(some_ids(), use_cache=False).logits
         live.update(task.factors())
-        write(stage, task, *rest)
+        end(task)
 
-    monkeypatch.setattr(Stage, "_write", noting)
+    monkeypatch.setattr(LoRATask, "on_train_end", noting)
     run = fitted(tmp_path, once(**{"trainer.max_epochs": 0}), CONFIGS[family])
     command = ["restore", "--run", str(run), "--out", str(tmp_path / "restored"), "--trainer.accelerator", "cpu"]
     command += ["--trainer.callbacks", NAME, "--trainer.callbacks.samples", "16", "--trainer.callbacks.length", "24"]
