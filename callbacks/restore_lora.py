@@ -124,5 +124,5 @@ class LoRARestoration(BlockCallback):
 
     def progress(self, trainer: BlockTrainer, steps: int, done: int) -> list[Callback]:
         """What shows how far the stage is, where the run shows such things."""
-        shown = trainer.is_global_zero and any(type(c).__name__ == "BlockProgress" for c in trainer.callbacks)  # type: ignore[attr-defined]
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         return [RestorationProgress(steps, done)] if shown else []

@@ -45,6 +45,12 @@ class BlockRecord:
     summary: dict[str, Any] = field(default_factory=dict)
     resumed: bool = False
 
+    def magnitudes(self, linear: str) -> tuple[Tensor, Tensor]:
+        """Largest and mean |input| of each channel in the full-precision block; of layers that share it, the first."""
+        absmax = self.ranges[f"before.{linear}"]
+        # runs made before means were kept have no part that reads them
+        return absmax, self.ranges.get(f"mean.{linear}", absmax)
+
 
 class Ledger:
     """The record of a run's finished blocks.

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
-from torch import Tensor
 
 from ptql.calibration.ledger import FOLDER, MANIFEST, BlockRecord, Ledger, difference, read_manifest
 from ptql.calibration.quant_lm import QuantLM
@@ -99,10 +98,8 @@ class RecordedRun:
         """Ranges in the full-precision block, by linear layer, as far as the record tells: magnitudes."""
         found = {}
         for group in self.source.layout.linears:
-            absmax: Tensor = record.ranges[f"before.{group[0]}"].to(device)
-            # runs made before means were kept have no part that reads them
-            mean = record.ranges.get(f"mean.{group[0]}", absmax).to(device)
-            found |= dict.fromkeys(group, InputRange(-absmax, absmax, torch.zeros_like(absmax), mean))
+            absmax, mean = (size.to(device) for size in record.magnitudes(group[0]))
+            found |= dict.fromkeys(group, InputRange.of_magnitudes(absmax, mean))
         return found
 
 

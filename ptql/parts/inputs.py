@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -22,6 +23,11 @@ class InputRange:
     high: Tensor
     middle: Tensor
     mean: Tensor
+
+    @classmethod
+    def of_magnitudes(cls, absmax: Tensor, mean: Tensor) -> InputRange:
+        """Where magnitudes are all that is known: the same on both sides of zero."""
+        return cls(-absmax, absmax, torch.zeros_like(absmax), mean)
 
     @property
     def absmax(self) -> Tensor:

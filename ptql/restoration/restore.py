@@ -25,6 +25,7 @@ from ptql.calibration.tokens import bos_token, load_tokenizer
 from ptql.checkpoint import Checkpoint
 from ptql.disk import put_text
 from ptql.errors import InputError
+from ptql.evaluation.recorded_run import MODEL
 from ptql.formats.write import write_dense
 from ptql.restoration.dense import dense_tensors, why_not_dense
 from ptql.restoration.documents import Documents, check_sources, collate, digest, read_documents
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 FIRST, RESTORED = "first", "restored"  # folders of a run in three stages
 FACTS = "restoration.json"
-MODEL = "model"
 HOW = ("processes", "precision", "matmul")
 DTYPES = {"bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16, "32-true": torch.float32, "32": torch.float32}
 

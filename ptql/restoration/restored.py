@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from ptql.calibration.ledger import Ledger
 from ptql.checkpoint import Checkpoint
@@ -20,6 +19,7 @@ from ptql.formats.write import RESTORATION
 from ptql.parts.inputs import InputRange
 
 CHANNELS = "salience.tensors"  # no *.safetensors: some programs load all of these
+KINDS = ("absmax", "mean")
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,12 @@ class Salience:
     def of(self, index: int, checkpoint: Checkpoint, device: torch.device) -> dict[str, InputRange]:
         """Ranges by linear layer of a block; `InputError` if the file does not fit the model."""
         try:
-            tensors = load_file(self.file)
             found = {}
-            for group in checkpoint.layout.linears:
-                absmax, mean = (tensors[f"{index}.{group[0]}.{kind}"].to(device) for kind in ("absmax", "mean"))
-                found |= dict.fromkeys(group, InputRange(-absmax, absmax, torch.zeros_like(absmax), mean))
+            with safe_open(self.file, "pt") as tensors:  # this block's alone
+                for group in checkpoint.layout.linears:
+                    names = (f"{index}.{group[0]}.{kind}" for kind in KINDS)
+                    absmax, mean = (tensors.get_tensor(name).to(device) for name in names)
+                    found |= dict.fromkeys(group, InputRange.of_magnitudes(absmax, mean))
         except (OSError, SafetensorError, LookupError) as error:
             raise InputError(
                 f"{self.file}: does not fit the model beside it ({error!r}); restore the file, or remove it for "
@@ -67,10 +68,8 @@ def salience_of(first: Ledger, checkpoint: Checkpoint) -> dict[str, torch.Tensor
                 "if there is one, and the command that made the run does the block again"
             )
         for group in checkpoint.layout.linears:
-            absmax = block.ranges[f"before.{group[0]}"]
-            found[f"{index}.{group[0]}.absmax"] = absmax
-            # runs made before means were kept have no part that reads them
-            found[f"{index}.{group[0]}.mean"] = block.ranges.get(f"mean.{group[0]}", absmax)
+            sizes = zip(KINDS, block.magnitudes(group[0]), strict=True)
+            found |= {f"{index}.{group[0]}.{kind}": size for kind, size in sizes}
     return found
 
 
