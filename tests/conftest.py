@@ -45,6 +45,17 @@ def smollm2_dir() -> Path:
         pytest.skip(f"{error}; set PTQL_SMOLLM2 to a directory already made")
 
 
+@pytest.fixture(scope="module")
+def one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The tests of a file, and the runs that they share, have a cache of their own, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PTQL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The test works in its own directory, with its own cache, on one thread."""

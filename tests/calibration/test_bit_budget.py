@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from ptql.api import evaluate
@@ -26,20 +25,12 @@ from ptql.recipe import IntScheme
 from tests.models import llama_config, opt_config
 from tests.words import save_source, save_text
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Fit = Callable[..., Path]
 NAMES = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 FUSED = [NAMES[:3], NAMES[4:6]]
 ONE_STEP = 6 * 80 * 48 / 53_000  # bits per weight: the largest unit from 2 bits to 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PTQL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,23 +32,14 @@ from ptql.parts.weights import Affine
 from ptql.recipe import ActivationScheme, IntScheme
 from tests.models import CONFIGS, FAMILIES, VOCABULARY, blocks_of, random_model, save, some_ids
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = [name for name in FAMILIES if name not in ("llama", "opt")]  # which other tests run
 RECIPES = [("rtn", "w4a16"), ("lrquant", "w4a4")]
 LENGTH = 16  # twice the window of attention that slides
 CHARACTERS = (string.ascii_letters + string.digits)[: VOCABULARY - 3]
 BOS = 1
 Runs = Callable[[str, str, str], Path]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One thread, and a cache of tokens of our own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PTQL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-    torch.set_num_threads(threads)
 
 
 def save_tokenizer(directory: Path, **special: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,8 @@ from tests.calibration.test_trainer import loaded_logits, student_logits
 from tests.models import some_ids
 from tests.words import save_source, save_text
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[2]
 BALANCED = IntScheme(2, symmetric=True, balanced=True)
 TERNARY = IntScheme(1, symmetric=True, balanced=True)
@@ -52,16 +53,6 @@ KINDS = {
     "1.mlp.down_proj": IntScheme(8),
     "1.self_attn.o_proj": IntScheme(16),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PTQL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,14 @@ from tests.calibration.test_trainer import loaded_logits, student_logits
 from tests.models import some_ids
 from tests.words import save_source, save_text
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[2]
 TERNARY = IntScheme(1, symmetric=True, balanced=True)
 PATTERNS: dict[str, LayerFormat] = {"layers.1.mlp": {"group_size": 20, "symmetric": False}}
 GROUPED = IntScheme(1, 20, balanced=True)
 ATTENTION = {"q_proj": (48, 48), "k_proj": (24, 48), "v_proj": (24, 48), "o_proj": (48, 48)}
 MLP = {"gate_proj": (80, 48), "up_proj": (80, 48), "down_proj": (48, 80)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PTQL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

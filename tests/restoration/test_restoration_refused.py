@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ptql.cli import main
 from tests.callbacks.adapted import SMALL, snapshot
 from tests.models import CONTEXT
 from tests.restoration.lora import NAME, PTQ161, callback, fitted, options, thrice
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ELSEWHERE = "give another --trainer.default_root_dir"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One thread, and a cache of tokens of our own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PTQL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

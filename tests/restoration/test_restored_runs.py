@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,7 @@ from ptql.cli import main
 from tests.callbacks.adapted import SMALL, evaluated, texts
 from tests.restoration.lora import LESSON, NAME, PTQ161, checksum, facts, fitted, options, thrice, weights
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One thread, and a cache of tokens of our own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PTQL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
