@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 
 class RunLogger(TensorBoardLogger):
@@ -27,7 +27,23 @@ class RunLogger(TensorBoardLogger):
     @rank_zero_only
     def forget_after(self, step: int) -> None:
         """What an earlier process logged at `step` or later, after its last save, is shown no more."""
-        if not self.goes_on:
-            return
-        self.experiment.close()
-        self._experiment = SummaryWriter(self.log_dir, purge_step=step)  # a newer file: they are read by age
+        if self.goes_on:
+            writer = self.experiment._get_file_writer()
+            writer.add_event(Event(step=step, file_version="brain.Event:2"))
+            writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """A block's fit has ended; the run writes on into the same file.
+
+        TensorBoard reads files by name, which tells the second and then a count that is not padded: of several files
+        of one second, the tenth would be read before the ninth.
+        """
+        if self._experiment is not None:
+            self._experiment.flush()
+
+    @rank_zero_only
+    def close(self) -> None:
+        """The run has ended."""
+        if self._experiment is not None:
+            self._experiment.close()

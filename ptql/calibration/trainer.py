@@ -117,9 +117,15 @@ class BlockTrainer(Trainer):
     def _enter(self, run_dir: Path) -> None:
         """From now on this is the run's directory, and steps count from 0."""
         self._run_dir = run_dir
+        self._close_log()
         if self._own_log:
             self.logger = RunLogger(run_dir, name="tensorboard", version="")
         self.first_step = -self.global_step
+
+    def _close_log(self) -> None:
+        for logger in self.loggers:
+            if isinstance(logger, RunLogger):
+                logger.close()
 
     def processes(self) -> dict[str, Any]:
         """Options of a Trainer that works in the processes of this one, on the same devices."""
@@ -200,6 +206,7 @@ class BlockTrainer(Trainer):
             self._notify("on_exception", None, error)  # Lightning tells of those inside a block's fit only
             raise
         finally:
+            self._close_log()
             if isinstance(launcher, _SubprocessScriptLauncher) and not self._ended_together:
                 launcher.kill(signal.SIGKILL)  # they would wait for this process for half an hour
                 launcher.procs.clear()  # or Lightning's watch over them ends this process, too

@@ -309,6 +309,8 @@ class Stage:
             ) from error
         finally:
             outer.signals.learning = False
+            if logger:
+                logger.close()
         if outer.ranks.any(outer.signals.received is not None):  # after the last look inside
             outer.stop()
 

@@ -106,3 +106,9 @@ def test_killed_before_a_save(monkeypatch: pytest.MonkeyPatch, args: list[str], 
     broken_off(monkeypatch, args, at, None)
     assert main(args) == 0
     assert_each_step_once()
+
+
+def test_one_file_for_each_process(args: list[str]) -> None:
+    """Several of one second would be read in the order of their names, the tenth before the ninth."""
+    assert main(args) == 0
+    assert len(list(Path("RUN/tensorboard").glob("events.out.tfevents.*"))) == 1
