@@ -1,0 +1,1 @@
+"""Finished models in formats of other runtimes."""

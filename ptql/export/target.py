@@ -1,0 +1,51 @@
+"""What a format to export to has to say."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ptql.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Loader:
+    """The runtime that reads an export back, in a process of its own in which ptql is not imported.
+
+    Args:
+        script: File in `ptql/export/loaders/` that loads the model and measures it.
+        package: What must be installed for it, by its name in Python.
+        install: How it gets there.
+    """
+
+    script: str
+    package: str
+    install: str
+
+
+class Target(ABC):
+    """A format that another runtime reads. Its settings are its constructor's arguments.
+
+    Args:
+        dtype: Of what is not quantised, float16 or bfloat16, and of scales where the format has them in it.
+    """
+
+    name: str
+    loader: Loader
+
+    def __init__(self, dtype: torch.dtype = torch.float16) -> None:
+        self.dtype = dtype
+
+    @abstractmethod
+    def check(self, model: Checkpoint) -> None:
+        """Raise `InputError` unless the format holds all of this packed model, exactly: value, rule, remedy.
+
+        Only settings and, if it must be, scales are looked at: this comes before any long work.
+        """
+
+    @abstractmethod
+    def write(self, model: Checkpoint, folder: Path) -> None:
+        """Write the model's files into the empty directory `folder`; holds one block, or one shard, in memory."""
