@@ -76,7 +76,7 @@ class PackedFormat:
     @property
     def version(self) -> int:
         """The lowest that holds all that it says."""
-        if self.activation.symmetric:
+        if self.activation.symmetric and self.activation.quantised:
             return 6
         kinds = (self.weight, *self.layers.values())
         if any(s.balanced and s.bits == 1 for s in kinds):
