@@ -1,4 +1,4 @@
-"""The command line: `ptql fit`, `eval`, `restore`, `export`. Options are constructors' arguments; files give them too (-c)."""
+"""The command line: `ptql fit`, `eval`, `restore`, `export`. Options are constructors' arguments, also from files."""
 
 from __future__ import annotations
 

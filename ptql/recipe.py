@@ -39,8 +39,8 @@ class IntScheme:
         salient: With 1 bit: the share of input channels, those with the largest inputs, whose weights have
             `salient_bits`; of all others the sign is stored (PTQ1.61, where it is 0.2). None for codes of 1 bit.
         salient_bits: Width of their codes, 2 to 8.
-        scale_dtype: float16, or bfloat16: scales have that many digits, and codes are made for them. Runtimes that serve
-            a model in bfloat16 have its scales in bfloat16, too, and would round others.
+        scale_dtype: float16, or bfloat16: scales have that many digits, and codes are made for them. Runtimes that
+            serve a model in bfloat16 have its scales in bfloat16, too, and would round others.
     """
 
     bits: int = 4
@@ -202,8 +202,8 @@ class ActivationScheme:
     Args:
         bits: Width of a rounded activation, 2 to 8; 16 leaves activations unquantised.
         kv_bits: Width of keys and values, what a cache holds: 2 to 8, or 16; as `bits` if it is left out.
-        symmetric: Inputs of linear layers have no zero point, which most runtimes ask for; queries, keys and values have
-            one in any case.
+        symmetric: Inputs of linear layers have no zero point, which most runtimes ask for; queries, keys and values
+            have one in any case.
     """
 
     bits: int = UNQUANTISED
@@ -223,7 +223,7 @@ class ActivationScheme:
         return self.bits < UNQUANTISED
 
     def to_dict(self) -> dict[str, Any]:
-        """Its settings as JSON; `kv_bits` and `symmetric` only where they are given, as older readers do not know them."""
+        """Its settings as JSON; `kv_bits` and `symmetric` only where they are given: older readers do not know them."""
         return {name: value for name, value in asdict(self).items() if value is not None and value is not False}
 
     @property

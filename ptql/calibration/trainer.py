@@ -504,6 +504,7 @@ class BlockTrainer(Trainer):
         out: str | None = None,
         dtype: str = "auto",
         check: bool = True,
+        python: str | None = None,
         text: str = "pydoc",
         windows: int = 4,
         length: int = 512,
@@ -516,6 +517,7 @@ class BlockTrainer(Trainer):
             out: The directory that is made.
             dtype: float16, bfloat16 or float32; by default bfloat16 where scales were made for it, else float16.
             check: Read it back with that runtime, in a process of its own, and compare.
+            python: The Python of the environment in which that runtime is; this one by default.
             text: What it is compared on.
             windows: How many windows of it.
             length: Tokens of a window.
@@ -525,7 +527,7 @@ class BlockTrainer(Trainer):
         check_eval_options(model, datamodule, "export")
         self.strategy.setup_environment()
         sample = Sample(text, windows, length) if check else None
-        export(run, model.source, format, out, dtype, sample, self.strategy.root_device)
+        export(run, model.source, format, out, dtype, sample, self.strategy.root_device, python)
 
     def _precision_of_products(self, model: QuantLM) -> None:
         if self.strategy.root_device.type == "cuda":

@@ -17,7 +17,7 @@ from ptql.report.run_files import RunFiles, read_run, section
 
 TASK = "text-generation"
 USE = {
-    "compressed-tensors": "vllm serve DIR\n# or, in Python: AutoModelForCausalLM.from_pretrained(DIR)  (needs compressed-tensors)",
+    "compressed-tensors": "vllm serve DIR\n# or, with compressed-tensors: AutoModelForCausalLM.from_pretrained(DIR)",
     "gptq": "vllm serve DIR        # 4 and 8 bits, symmetric\n# or GPTQModel.load(DIR)",
     "gptq_v2": "GPTQModel.load(DIR)   # Python: from gptqmodel import GPTQModel",
     "auto-round": "vllm serve DIR\n# or, in Python: import auto_round; AutoModelForCausalLM.from_pretrained(DIR)",
@@ -26,9 +26,7 @@ USE = {
 }
 
 
-def card(
-    model: Checkpoint, run: Path | None, target: str, size: int, command: str, found: Reloaded | None
-) -> str:
+def card(model: Checkpoint, run: Path | None, target: str, size: int, command: str, found: Reloaded | None) -> str:
     """README.md in the form of the hub.
 
     Args:

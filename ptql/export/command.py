@@ -6,7 +6,6 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -70,6 +69,7 @@ def export(
     dtype: str,
     sample: Sample | None,
     device: torch.device,
+    python: str | None = None,
 ) -> Path:
     """Write a finished run's model, or a packed model directory, in the format of another runtime.
 
@@ -81,6 +81,7 @@ def export(
         dtype: `float16`, `bfloat16` or `float32`; `auto`, see `_dtype`.
         sample: What it is checked on; None for no check.
         device: Where our own logits are computed.
+        python: Of the environment in which the runtime is; this one by default.
 
     Raises:
         InputError: The format can't hold the model, or an option is wrong; nothing is written.
@@ -100,9 +101,9 @@ def export(
     model = Checkpoint(Path(run) / MODEL if run is not None else resolve(source or ""))
     writer = TARGETS[target](_dtype(dtype, model, target))
     writer.check(model)
-    ids = None
+    ids, python = None, python or sys.executable
     if sample is not None:
-        check_loader(writer.loader)
+        check_loader(writer.loader, python)
         ids = sample.ids(model)
     with told_if_full(folder), new_directory(folder) as scratch:
         _say(f"{target}: writing {model.num_blocks} blocks")
@@ -110,9 +111,11 @@ def export(
         found: Reloaded | None = None
         if sample is not None and ids is not None:
             _say(f"{target}: reading it back with {writer.loader.package}")
-            found = reload(writer, scratch, model, ids, sample.text, device)
+            found = reload(writer, scratch, model, ids, sample.text, device, python)
         size = sum(file.stat().st_size for file in scratch.iterdir() if file.name.endswith(FILE_ENDS))
-        command = f"ptql export --run RUN --format {target} --dtype {_name(writer.dtype)} --out {shlex.quote(folder.name)}"
+        command = (
+            f"ptql export --run RUN --format {target} --dtype {_name(writer.dtype)} --out {shlex.quote(folder.name)}"
+        )
         put_text(scratch / "README.md", card(model, None if run is None else Path(run), target, size, command, found))
     print(f"{folder}: {size / 1e6:.1f} MB, {8 * size / model.parameters:.3f} bits a parameter; {_words(found)}")
     return folder
@@ -152,5 +155,3 @@ def _words(found: Reloaded | None) -> str:
 
 def _say(line: str) -> None:
     print(f"ptql: {line}", file=sys.stderr, flush=True)
-
-

@@ -33,8 +33,8 @@ PACKED, BYTES = "pack-quantized", "int-quantized"
 class CompressedTensors(DirectoryTarget):
     """Packed codes of 2 to 8 bits; a byte for each weight where weights and activations have 8, as int8 kernels want.
 
-    Zero points make the package's own loader fail (from 0.18.0 on; each version to 0.20.0 was tried) unless it multiplies
-    the weights out, so the configuration asks for that. vLLM has a reader of its own.
+    Zero points make the package's own loader fail (in 0.18.0 to 0.20.0) unless it multiplies the weights out, so the
+    configuration asks for that. vLLM has a reader of its own.
     """
 
     name = "compressed-tensors"
@@ -52,7 +52,8 @@ class CompressedTensors(DirectoryTarget):
         for name, scheme, _ in schemes(model):
             if scheme.bits == 1:
                 raise InputError(
-                    f"{self.name}: no runtime reads codes of 1 bit ({name}); fit with 2 bits or more, or use --format dense"
+                    f"{self.name}: no runtime reads codes of 1 bit ({name}); fit with 2 bits or more, or use "
+                    "--format dense"
                 )
             if scheme.quantised and fmt.activation.quantised:
                 _check_products(name, scheme, fmt.activation)
@@ -158,6 +159,6 @@ def _check_merged(model: Checkpoint, fmt: PackedFormat) -> None:
         for group in model.layout.linears:
             if len({fmt.schemes.of(index, name) for name in group}) > 1:
                 raise InputError(
-                    f"compressed-tensors: {', '.join(group)} are one layer in runtimes, and have several formats in block "
-                    f"{index}; let --model.layers name them together"
+                    f"compressed-tensors: {', '.join(group)} are one layer in runtimes, and have several formats in "
+                    f"block {index}; let --model.layers name them together"
                 )

@@ -36,6 +36,7 @@ class Gptq(DirectoryTarget):
 
     name = "gptq"
     loader = Loader("by_gptqmodel.py", "gptqmodel", "pip install gptqmodel, in an environment of its own")
+    exact = False  # its kernels compute in float16
     less = 1
     """What is taken off a zero point when it is stored."""
 

@@ -15,7 +15,9 @@ from ptql.recipe import UNQUANTISED, IntScheme
 def packed_format(model: Checkpoint) -> PackedFormat:
     """How the model is packed; `InputError` if it isn't."""
     if model.packed is None:
-        raise InputError(f"{model.directory}: in full precision, so there is nothing to export; give a run of `ptql fit`")
+        raise InputError(
+            f"{model.directory}: in full precision, so nothing is there to export; give a run of `ptql fit`"
+        )
     if not model.packed.schemes.any_quantised:
         raise InputError(f"{model.directory}: weights of 16 bits, so there is nothing to export; fit with fewer")
     return model.packed
@@ -59,8 +61,8 @@ def refuse_activations(model: Checkpoint, target: str) -> None:
     bits = packed_format(model).activation.bits
     if bits < UNQUANTISED:
         raise InputError(
-            f"{target} can't say that activations are rounded to {bits} bits, so other logits would be served than were "
-            "measured; use --format compressed-tensors, or fit with --model.activation.bits 16"
+            f"{target} can't say that activations are rounded to {bits} bits, so other logits would be served than "
+            "were measured; use --format compressed-tensors, or fit with --model.activation.bits 16"
         )
 
 
@@ -76,7 +78,8 @@ def refuse_kinds(model: Checkpoint, target: str) -> None:
         if scheme.salient is not None or scheme.balanced:
             what = "signs and salient channels" if scheme.salient is not None else f"{scheme.levels} levels"
             raise InputError(
-                f"{target} has no codes of {what} ({name}); fit with -c schemes/w2a16g64 or wider, or use --format dense"
+                f"{target} has no codes of {what} ({name}); fit with -c schemes/w2a16g64 or wider, or use "
+                "--format dense"
             )
 
 
@@ -87,8 +90,8 @@ def refuse_inexact_scales(model: Checkpoint, target: str, dtype: torch.dtype) ->
     for name, scheme, _ in schemes(model):
         if scheme.quantised and scheme.scale_dtype != "bfloat16":
             raise InputError(
-                f"dtype=bfloat16: {target} has scales in it, and those of {name} are float16 numbers, of which it would "
-                "keep 8 of 11 digits; use --dtype float16, or fit with --model.weight.scale_dtype bfloat16"
+                f"dtype=bfloat16: {target} has scales in it, and those of {name} are float16 numbers, of which it "
+                "would keep 8 of 11 digits; use --dtype float16, or fit with --model.weight.scale_dtype bfloat16"
             )
 
 

@@ -8,13 +8,12 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ptql.checkpoint import Checkpoint
@@ -61,28 +60,41 @@ class Reloaded:
         return asdict(self)
 
 
-def check_loader(loader: Loader) -> None:
-    """Raise `InputError` unless the runtime is there."""
-    if find_spec(loader.package) is None:
+def check_loader(loader: Loader, python: str) -> None:
+    """Raise `InputError` unless the runtime is there, in the environment of this Python."""
+    wanted = (
+        f"import sys, importlib.util as u; sys.exit(any(u.find_spec(p) is None for p in ('numpy', '{loader.package}')))"
+    )
+    try:
+        found = subprocess.run([python, "-c", wanted], capture_output=True).returncode == 0
+    except OSError as error:
+        raise InputError(f"python={python}: can't be run ({error.strerror}); give the path of a Python") from None
+    if not found:
         raise InputError(
-            f"check=true: {loader.package} is not installed, with which the export is read back; {loader.install}, or "
-            "write it unchecked with --check false"
+            f"check=true: {loader.package}, with which the export is read back, is not installed for {python}; "
+            f"{loader.install}, say with --python where it is, or write it unchecked with --check false"
         )
 
 
 def reload(
-    target: Target, folder: Path, model: Checkpoint, ids: Int[Tensor, "windows tokens"], text: str, device: torch.device
+    target: Target,
+    folder: Path,
+    model: Checkpoint,
+    ids: Int[Tensor, "windows tokens"],
+    text: str,
+    device: torch.device,
+    python: str = sys.executable,
 ) -> Reloaded:
-    """Load the export in `folder` and compare it with the packed `model`.
+    """Load the export in `folder` with a runtime, in a process of this `python`, and compare with the packed `model`.
 
     Raises:
         RunError: It does not load, or gives other logits.
     """
-    losses, logits = _ours(model, ids, device)
+    losses, logits = _ours(model, ids, device, target.dtype)
     with tempfile.TemporaryDirectory(prefix="ptql-export-") as scratch:
-        request, result = Path(scratch) / "windows", Path(scratch) / "result"
-        save_file({"ids": ids, "last": torch.tensor([LAST])}, request)
-        command = [sys.executable, "-P", str(SCRIPTS / "measure.py"), str(SCRIPTS / target.loader.script)]
+        request, result = Path(scratch) / "windows.npz", Path(scratch) / "result.npz"
+        np.savez(request, ids=ids.numpy(), last=LAST)
+        command = [python, "-P", str(SCRIPTS / "measure.py"), str(SCRIPTS / target.loader.script)]
         ended = subprocess.run(
             [*command, str(folder), str(request), str(result)],
             capture_output=True,
@@ -92,9 +104,11 @@ def reload(
         if ended.returncode:
             reason = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise RunError(f"{target.name}: {target.loader.package} could not load the export ({reason})")
-        facts, theirs = json.loads(ended.stdout.strip().splitlines()[-1]), load_file(result)
+        facts = json.loads(ended.stdout.strip().splitlines()[-1])
+        with np.load(result, allow_pickle=False) as found:
+            theirs = {name: torch.from_numpy(found[name]) for name in ("losses", "logits")}
     length = ids.shape[1]
-    found = Reloaded(
+    reloaded = Reloaded(
         loader=facts["loader"],
         text=text,
         windows=len(ids),
@@ -104,8 +118,8 @@ def reload(
         logits_off=(theirs["logits"] - logits).abs().max().item(),
         logits_spread=logits.std().item(),
     )
-    _compare(found, model, target)
-    return found
+    _compare(reloaded, model, target)
+    return reloaded
 
 
 def _compare(found: Reloaded, model: Checkpoint, target: Target) -> None:
@@ -115,20 +129,28 @@ def _compare(found: Reloaded, model: Checkpoint, target: Target) -> None:
     off = found.perplexity_reloaded / found.perplexity - 1
     if not abs(off) <= allowed:
         raise RunError(
-            f"{target.name}: {found.loader} reads the export, and its perplexity is {found.perplexity_reloaded:.4f} where "
-            f"ours is {found.perplexity:.4f}; at most {allowed:.1%} were allowed, so nothing was written"
+            f"{target.name}: {found.loader} reads the export, and its perplexity is {found.perplexity_reloaded:.4f} "
+            f"where ours is {found.perplexity:.4f}; at most {allowed:.1%} were allowed, so nothing was written"
         )
     if bits == 16 and target.exact and not found.logits_off <= LOGITS * found.logits_spread:
         raise RunError(
-            f"{target.name}: {found.loader} reads the export, and a logit is {found.logits_off:.4f} off where ours have a "
-            f"spread of {found.logits_spread:.4f}; at most {LOGITS:.0%} were allowed, so nothing was written"
+            f"{target.name}: {found.loader} reads the export, and a logit is {found.logits_off:.4f} off where ours "
+            f"have a spread of {found.logits_spread:.4f}; at most {LOGITS:.0%} were allowed, so nothing was written"
         )
 
 
 @torch.no_grad()
-def _ours(model: Checkpoint, ids: Tensor, device: torch.device) -> tuple[Tensor, Float[Tensor, "last vocabulary"]]:
-    """Losses of each window, and the last logits of the last one, in float32, a block at a time."""
+def _ours(
+    model: Checkpoint, ids: Tensor, device: torch.device, served: torch.dtype
+) -> tuple[Tensor, Float[Tensor, "last vocabulary"]]:
+    """Losses of each window, and the last logits of the last one, in float32, a block at a time.
+
+    Embeddings and head are as the export has them, in the `served` dtype: what is compared is the rest.
+    """
     shell = model.shell().to(device)
+    for parameter in shell.model.parameters():
+        if parameter.dim() > 1:
+            parameter.copy_(parameter.to(served))
     hidden, contexts = embedded(shell, ids, device, 1)
     for index, context in enumerate(contexts):
         hidden = run_block(model.block(index, device), hidden, context, 1)

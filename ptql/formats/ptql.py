@@ -20,8 +20,8 @@ from ptql.recipe import UNQUANTISED, ActivationScheme, IntScheme, LayerSchemes
 QUANT_METHOD = "ptql"
 VERSIONS = (1, 2, 3, 4, 5, 6)
 """Of the format: 2 has factors; 3 has layers of other formats, five levels, one bit, and the cache's bits apart; 4 has
-signs beside salient channels; 5 has three levels; 6 has activations without a zero point. Each is written only where it is needed, so that older readers have
-the others."""
+signs beside salient channels; 5 has three levels; 6 has activations without a zero point. Each is written only
+where it is needed, so that older readers have the others."""
 
 
 @dataclass(frozen=True)

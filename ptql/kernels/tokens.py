@@ -29,7 +29,7 @@ WIDEST = 1024  # features of a tile
 def round_tokens(
     x: Float[Tensor, "*rows n"], bits: int, dtype: torch.dtype, symmetric: bool = False
 ) -> Float[Tensor, "*rows n"]:
-    """`x` with each last-dimension vector rounded on its own min-max grid, as `affine.fake_quantize_tokens`, in `dtype`.
+    """`x` with each last-dimension vector rounded on its own min-max grid, as `affine.fake_quantize_tokens` has it.
 
     A view with permuted leading dimensions is read where it lies; result and gradient are laid out like it.
     16 bits only change the dtype.

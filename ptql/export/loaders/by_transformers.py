@@ -13,9 +13,10 @@ import transformers
 
 def load(folder: str) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
     """A function from token ids [tokens] to logits [tokens, vocabulary], in float32, and what loaded it."""
-    model, said = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
     )
+    model, said = loaded
     wrong = {key: sorted(said[key])[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if said[key]}
     if wrong:
         raise SystemExit(f"the tensors are not those of the model: {wrong}")

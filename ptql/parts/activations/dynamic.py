@@ -32,7 +32,8 @@ class TokenRounding:
 
 
 class DynamicTokens(ActivationQuantizer):
-    """Dynamic, per token, asymmetric unless the scheme says otherwise, at the input of every linear layer and at q, k (after RoPE) and v.
+    """Dynamic, per token, at the input of every linear layer and at q, k (after RoPE) and v; asymmetric unless the
+    scheme says otherwise of the inputs.
 
     The rule of OmniQuant, LRQuant and ABQ-LLM. One difference: for OPT the originals round q, k and v before
     the heads are split, so over all heads of a token; here every family rounds per token and head.
