@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from ptql.errors import InputError
 from ptql.functional import affine
 from ptql.functional.factored import factor
 from ptql.functional.packing import pack_levels, stored_bytes, unpack_levels
@@ -67,8 +69,34 @@ def dense_from_packed(
     return rounded * factor(*(tensors[name].view(torch.float16).float() for name in ("left", "right")))
 
 
-class Packed(nn.Module, ABC):
+class CodedWeight(Tensor):
+    """Shape, dtype and device of a packed layer's weight, with no numbers behind them.
+
+    What places modules beside a linear layer, as peft does with LoRA, asks for no more. What would compute with them
+    or write to them is refused: it would work on a copy of the weight, and be lost without a word.
+    """
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, int], device: torch.device) -> CodedWeight:
+        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=device)
+        weight._is_hf_initialized = True  # so that transformers has no wish to fill it with random numbers
+        return weight
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise InputError(
+            f"{func}: a packed layer holds codes, so nothing can be added to its weight or computed from it; leave "
+            "LoRA beside it (not merged, no DoRA, no start from the weights), or unpack first: `model.dequantize()`"
+        )
+
+    def __repr__(self, **_: Any) -> str:
+        return f"CodedWeight({tuple(self.shape)}, device={self.device})"
+
+
+class Packed(nn.Linear, ABC):
     """A linear layer that holds its weight in some packed form, with a float bias if there is one.
+
+    It is an `nn.Linear` to those who look for layers to put something beside, and has no parameter `weight`.
 
     Args:
         in_features: Columns of the weight.
@@ -90,13 +118,18 @@ class Packed(nn.Module, ABC):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not of nn.Linear, which makes a weight
         self.in_features = in_features
         self.out_features = out_features
         self.scheme = scheme
         self.rounding = rounding
         start = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
-        self.bias = None if start is None else nn.Parameter(start, requires_grad=False)
+        self.register_parameter("bias", None if start is None else nn.Parameter(start, requires_grad=False))
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """A stand-in; the weight is `dense_weight()`."""
+        return CodedWeight((self.out_features, self.in_features), next(self.buffers()).device)
 
     @abstractmethod
     def dense_weight(self) -> Float[Tensor, "out in"]:
