@@ -85,12 +85,26 @@ class CodedWeight(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
         raise InputError(
-            f"{func}: a packed layer holds codes, so nothing can be added to its weight or computed from it; leave "
+            "weight: a packed layer holds codes, so nothing can be added to its weight or computed from it; leave "
             "LoRA beside it (not merged, no DoRA, no start from the weights), or unpack first: `model.dequantize()`"
         )
 
     def __repr__(self, **_: Any) -> str:
         return f"CodedWeight({tuple(self.shape)}, device={self.device})"
+
+
+class _Product(torch.autograd.Function):
+    """x @ weight.T, which unpacks the weight again for the gradient of x: autograd would keep each layer's in float."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Packed) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return F.linear(x, layer.dense_weight().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        return (grad @ ctx.layer.dense_weight().to(grad.dtype)).to(ctx.dtype), None
 
 
 class Packed(nn.Linear, ABC):
@@ -126,10 +140,15 @@ class Packed(nn.Linear, ABC):
         start = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if start is None else nn.Parameter(start, requires_grad=False))
 
+    def hold(self, name: str, tensor: Tensor | None) -> None:
+        """Store a packed tensor: a parameter that learns nothing, as what splits a model over devices, or leaves a part
+        on the disk, places parameters, and by default has the buffers of all layers on one device."""
+        self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """A stand-in; the weight is `dense_weight()`."""
-        return CodedWeight((self.out_features, self.in_features), next(self.buffers()).device)
+        return CodedWeight((self.out_features, self.in_features), next(self.parameters()).device)
 
     @abstractmethod
     def dense_weight(self) -> Float[Tensor, "out in"]:
@@ -143,7 +162,10 @@ class Packed(nn.Linear, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.rounding is None else self.rounding(x)
-        return F.linear(x, self.dense_weight().to(x.dtype), self.bias)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return F.linear(x, self.dense_weight().to(x.dtype), self.bias)
+        product = _Product.apply(x, self)
+        return product if self.bias is None else product + self.bias
 
     def extra_repr(self) -> str:
         size = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -153,7 +175,7 @@ class Packed(nn.Linear, ABC):
 class PackedLinear(Packed):
     """A linear layer on packed weights, which are unpacked at every call: small, not fast.
 
-    Buffers: `codes` uint8 [out, ceil(in * bits / 8)], or as three and five levels are packed; `scale` int16 [out, g],
+    Tensors: `codes` uint8 [out, ceil(in * bits / 8)], or as three and five levels are packed; `scale` int16 [out, g],
     the bits of a float16; `zero` uint8 [out, ceil(g * bits / 8)], likewise, None if symmetric; `left` int16 [out, k]
     and `right` int16 [k, in], the bits of float16 factors, None without. They are zero until a checkpoint is loaded.
 
@@ -163,7 +185,7 @@ class PackedLinear(Packed):
         scheme: Format of the weight, 1 to 8 bits.
         bias: Whether there is a bias, a float parameter.
         rounding: Applied to the input, or None.
-        device: Of buffers and bias.
+        device: Of all tensors.
         dtype: Of the bias.
         factor_rank: k; 0 for no factors.
     """
@@ -191,12 +213,12 @@ class PackedLinear(Packed):
         def zeros(columns: int, kind: torch.dtype, rows: int = out_features) -> Tensor:
             return torch.zeros(rows, columns, dtype=kind, device=device)
 
-        self.register_buffer("codes", zeros(stored_bytes(in_features, scheme.levels), torch.uint8))
-        self.register_buffer("scale", zeros(groups, STORED_HALF))
+        self.hold("codes", zeros(stored_bytes(in_features, scheme.levels), torch.uint8))
+        self.hold("scale", zeros(groups, STORED_HALF))
         points = None if scheme.symmetric else zeros(stored_bytes(groups, scheme.levels), torch.uint8)
-        self.register_buffer("zero", points)
-        self.register_buffer("left", zeros(factor_rank, STORED_HALF) if factor_rank else None)
-        self.register_buffer("right", zeros(in_features, STORED_HALF, factor_rank) if factor_rank else None)
+        self.hold("zero", points)
+        self.hold("left", zeros(factor_rank, STORED_HALF) if factor_rank else None)
+        self.hold("right", zeros(in_features, STORED_HALF, factor_rank) if factor_rank else None)
 
     def dense_weight(self) -> Float[Tensor, "out in"]:
-        return dense_from_packed(dict(self.named_buffers()), self.in_features, self.scheme)
+        return dense_from_packed(dict(self.named_parameters()), self.in_features, self.scheme)
