@@ -12,8 +12,10 @@ from ptql.formats.ptql import PackedFormat
 from ptql.recipe import UNQUANTISED, IntScheme
 
 
-def packed_format(model: Checkpoint) -> PackedFormat:
+def packed_format(model: Checkpoint | PackedFormat) -> PackedFormat:
     """How the model is packed; `InputError` if it isn't."""
+    if isinstance(model, PackedFormat):
+        return model
     if model.packed is None:
         raise InputError(
             f"{model.directory}: in full precision, so nothing is there to export; give a run of `ptql fit`"
@@ -21,6 +23,15 @@ def packed_format(model: Checkpoint) -> PackedFormat:
     if not model.packed.schemes.any_quantised:
         raise InputError(f"{model.directory}: weights of 16 bits, so there is nothing to export; fit with fewer")
     return model.packed
+
+
+def kinds(model: Checkpoint | PackedFormat) -> Iterator[tuple[str, IntScheme]]:
+    """The formats of weights, and where each is: `INDEX.LINEAR`, or `all layers` where no more is known."""
+    if isinstance(model, PackedFormat):
+        yield "all layers", model.weight
+        yield from model.layers.items()
+    else:
+        yield from ((name, scheme) for name, scheme, _ in schemes(model))
 
 
 def schemes(model: Checkpoint) -> Iterator[tuple[str, IntScheme, int]]:
@@ -34,7 +45,7 @@ def schemes(model: Checkpoint) -> Iterator[tuple[str, IntScheme, int]]:
             yield f"{index}.{name}", fmt.schemes.of(index, name), size
 
 
-def refuse_additions(model: Checkpoint, target: str) -> None:
+def refuse_additions(model: Checkpoint | PackedFormat, target: str) -> None:
     """Biases that the family does not have."""
     fmt = packed_format(model)
     if added := [*fmt.shifted_norms, *fmt.added_biases]:
@@ -44,7 +55,7 @@ def refuse_additions(model: Checkpoint, target: str) -> None:
         )
 
 
-def refuse_attention(model: Checkpoint, target: str) -> None:
+def refuse_attention(model: Checkpoint | PackedFormat, target: str) -> None:
     """Rounded queries, keys and values."""
     fmt = packed_format(model)
     if fmt.rounds_attention:
@@ -55,7 +66,7 @@ def refuse_attention(model: Checkpoint, target: str) -> None:
         )
 
 
-def refuse_activations(model: Checkpoint, target: str) -> None:
+def refuse_activations(model: Checkpoint | PackedFormat, target: str) -> None:
     """Rounded activations."""
     refuse_attention(model, target)
     bits = packed_format(model).activation.bits
@@ -66,7 +77,7 @@ def refuse_activations(model: Checkpoint, target: str) -> None:
         )
 
 
-def refuse_kinds(model: Checkpoint, target: str) -> None:
+def refuse_kinds(model: Checkpoint | PackedFormat, target: str) -> None:
     """Codes that are not plain integers, and factors beside them."""
     fmt = packed_format(model)
     if fmt.factor_rank:
@@ -74,7 +85,7 @@ def refuse_kinds(model: Checkpoint, target: str) -> None:
             f"{target} has no place for factors (factor_rank={fmt.factor_rank}); fit with --model.weight_quantizer."
             "factor_rank 0, or use --format dense"
         )
-    for name, scheme, _ in schemes(model):
+    for name, scheme in kinds(model):
         if scheme.salient is not None or scheme.balanced:
             what = "signs and salient channels" if scheme.salient is not None else f"{scheme.levels} levels"
             raise InputError(

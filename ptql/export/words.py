@@ -15,5 +15,9 @@ def words(codes: UInt8[Tensor, "rows n"], bits: int) -> Int32[Tensor, "rows word
 
     The layout of compressed-tensors from version 0.18 on, and of GPTQ; codes may cross words.
     """
-    stream = pack(codes, bits)
+    return stream_words(pack(codes, bits))
+
+
+def stream_words(stream: UInt8[Tensor, "rows bytes"]) -> Int32[Tensor, "rows words"]:
+    """The same of rows that are streams of bytes, as ptql stores them: filled up to whole words."""
     return F.pad(stream, (0, -stream.shape[1] % 4)).contiguous().view(torch.int32)

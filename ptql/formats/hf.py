@@ -74,7 +74,7 @@ class PtqlQuantizer(HfQuantizer):
             model.set_attn_implementation(attention.NAME)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """`model.dequantize()`: the architecture's own model on unpacked weights, which can be merged with LoRA and saved.
+        """`model.dequantize()`: the architecture's own model on unpacked weights, to merge with LoRA or to save.
 
         Raises:
             InputError: The model has what its architecture has no place for.
