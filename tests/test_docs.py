@@ -27,7 +27,7 @@ def options() -> set[str]:
     import io
 
     text = io.StringIO()
-    for command in ("fit", "eval", "restore"):
+    for command in ("fit", "eval", "restore", "export"):
         with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
             main([command, "--help"])
     return set(re.findall(r"--[a-z][\w.]*", text.getvalue()))

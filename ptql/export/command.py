@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ TARGETS: dict[str, type[Target]] = {
     target.name: target for target in (CompressedTensors, Gptq, GptqV2, AutoRound, Dense)
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+FACTS = "ptql_export.json"
+"""In an export: its format, its size, and what the runtime made of it."""
 FILE_ENDS = (".safetensors", ".gguf")
 
 
@@ -116,6 +119,14 @@ def export(
         command = (
             f"ptql export --run RUN --format {target} --dtype {_name(writer.dtype)} --out {shlex.quote(folder.name)}"
         )
+        facts = {
+            "format": target,
+            "dtype": _name(writer.dtype),
+            "size_bytes": size,
+            "parameters": model.parameters,
+            "read_back": None if found is None else found.to_dict(),
+        }
+        put_text(scratch / FACTS, json.dumps(facts, indent=2) + "\n")
         put_text(scratch / "README.md", card(model, None if run is None else Path(run), target, size, command, found))
     print(f"{folder}: {size / 1e6:.1f} MB, {8 * size / model.parameters:.3f} bits a parameter; {_words(found)}")
     return folder
