@@ -1,4 +1,4 @@
-"""The command line: `ptql fit`, `eval`, `restore`. Options are constructors' arguments; files give them too (-c)."""
+"""The command line: `ptql fit`, `eval`, `restore`, `export`. Options are constructors' arguments; files give them too (-c)."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ def _stopped(code: int) -> int:
 def run_command(args: list[str]) -> None:
     """Run a command; what `main` turns into exit codes is raised."""
     args = with_shipped_configs(args)
+    if len(args) > 1 and args[0] == "export" and not args[1].startswith("-"):
+        args = ["export", "--run", *args[1:]]  # `ptql export RUN --format …`
     # Imported here: a wrong -c need not wait for Lightning.
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -80,7 +82,7 @@ def run_command(args: list[str]) -> None:
 
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
-            return {name: {"model", "datamodule"} for name in ("fit", "eval", "restore")}
+            return {name: {"model", "datamodule"} for name in ("fit", "eval", "restore", "export")}
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             with told_as_input():

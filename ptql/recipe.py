@@ -13,6 +13,7 @@ UNQUANTISED = 16
 """The bit width that means: leave this tensor as it is."""
 
 
+SCALE_DTYPES = ("float16", "bfloat16")
 MOST_SALIENT = 0.9
 """Share of the input channels; with more, bits of all channels say it better."""
 
@@ -38,6 +39,8 @@ class IntScheme:
         salient: With 1 bit: the share of input channels, those with the largest inputs, whose weights have
             `salient_bits`; of all others the sign is stored (PTQ1.61, where it is 0.2). None for codes of 1 bit.
         salient_bits: Width of their codes, 2 to 8.
+        scale_dtype: float16, or bfloat16: scales have that many digits, and codes are made for them. Runtimes that serve
+            a model in bfloat16 have its scales in bfloat16, too, and would round others.
     """
 
     bits: int = 4
@@ -46,6 +49,7 @@ class IntScheme:
     balanced: bool = False
     salient: float | None = None
     salient_bits: int = 4
+    scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "weight", fewest=1)
@@ -66,6 +70,8 @@ class IntScheme:
                 "bits=1, symmetric=true: a middle code and one other hold no sign; use symmetric: false, or balanced: "
                 "true for three levels"
             )
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise InputError(f"scale_dtype={self.scale_dtype}: one of {', '.join(SCALE_DTYPES)} is needed")
         if self.salient is not None:
             self._check_salient(self.salient)
 
@@ -78,6 +84,11 @@ class IntScheme:
             raise InputError(
                 f"salient={share}: a share of the input channels from 0 to {MOST_SALIENT} is needed; 0.2 is usual, "
                 "null is for codes that are all alike"
+            )
+        if self.scale_dtype != "float16":
+            raise InputError(
+                f"salient={share} with scale_dtype={self.scale_dtype}: no other runtime holds it, so its scales are "
+                "float16; leave scale_dtype out"
             )
         if (self.bits, self.group_size) != (1, -1):
             raise InputError(
@@ -104,8 +115,9 @@ class IntScheme:
         return f"{self.bits}b" if self.balanced else str(self.bits)
 
     def to_dict(self) -> dict[str, Any]:
-        """Its settings as JSON; `balanced` and `salient` only where they are on, as older readers do not know them."""
-        off = {"balanced": not self.balanced} | dict.fromkeys(("salient", "salient_bits"), self.salient is None)
+        """Its settings as JSON; what is off is left out, as older readers do not know all of it."""
+        off = {"balanced": not self.balanced, "scale_dtype": self.scale_dtype == "float16"}
+        off |= dict.fromkeys(("salient", "salient_bits"), self.salient is None)
         share = None if self.salient is None else float(self.salient)  # a 0 of YAML is no float
         return {name: value for name, value in {**asdict(self), "salient": share}.items() if not off.get(name)}
 
@@ -143,7 +155,7 @@ class LayerSchemes:
         return any(scheme.quantised for scheme in (self.default, *self.exceptions.values()))
 
 
-LayerFormat = int | dict[str, int | float | bool | None]
+LayerFormat = int | dict[str, int | float | bool | str | None]
 """What a pattern says of the layers it names: bits, or settings of an `IntScheme`."""
 
 
@@ -190,13 +202,18 @@ class ActivationScheme:
     Args:
         bits: Width of a rounded activation, 2 to 8; 16 leaves activations unquantised.
         kv_bits: Width of keys and values, what a cache holds: 2 to 8, or 16; as `bits` if it is left out.
+        symmetric: Inputs of linear layers have no zero point, which most runtimes ask for; queries, keys and values have
+            one in any case.
     """
 
     bits: int = UNQUANTISED
     kv_bits: int | None = None
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "activation", fewest=2)
+        if type(self.symmetric) is not bool:
+            raise InputError(f"activation symmetric={self.symmetric}: true or false is needed; leave it out for false")
         if self.kv_bits is not None:
             check_bits(self.kv_bits, "kv_bits: key and value", fewest=2)
 
@@ -206,8 +223,8 @@ class ActivationScheme:
         return self.bits < UNQUANTISED
 
     def to_dict(self) -> dict[str, Any]:
-        """Its settings as JSON; `kv_bits` only where they are given, as older readers do not know them."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """Its settings as JSON; `kv_bits` and `symmetric` only where they are given, as older readers do not know them."""
+        return {name: value for name, value in asdict(self).items() if value is not None and value is not False}
 
     @property
     def cache_bits(self) -> int:

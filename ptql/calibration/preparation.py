@@ -132,13 +132,15 @@ def check_accumulation(trainer: BlockTrainer, batches: int) -> None:
         )
 
 
-def check_eval_options(model: QuantLM, data: CalibrationData | None) -> None:
-    """Refuse what `eval` does not read: it measures a model as it is stored, on texts of its own."""
+def check_eval_options(model: QuantLM, data: CalibrationData | None, command: str = "eval") -> None:
+    """Refuse what `eval` and `export` do not read: they take a model as it is stored, and texts of their own."""
     if data is not None and data.settings() != CalibrationData().settings():
-        raise InputError("data: these are the windows to calibrate on; eval takes texts as --text.NAME FILE")
+        text = "--text.NAME FILE" if command == "eval" else "--text FILE"
+        raise InputError(f"data: these are the windows to calibrate on; {command} takes text as {text}")
     if model.identity() != QuantLM().identity():
         raise InputError(
-            "model: eval measures a model as it is stored, whatever the recipe; give --model.source, or --run RUN alone"
+            f"model: {command} takes a model as it is stored, whatever the recipe; give --model.source, or --run RUN "
+            "alone"
         )
 
 

@@ -21,7 +21,7 @@ from ptql.formats.published import Published
 from ptql.nn.attention_probe import attach_probe
 from ptql.nn.student import biased_linears, keep_narrow, make_student, weights_of
 from ptql.parts import settings
-from ptql.parts.activations import ActivationQuantizer, DynamicTokens, TokenRounding
+from ptql.parts.activations import ActivationQuantizer, DynamicTokens
 from ptql.parts.inputs import InputRange
 from ptql.parts.objectives import Objective, Reconstruction
 from ptql.parts.transforms import AddedBiases, BlockFacts, Transform
@@ -157,7 +157,7 @@ class QuantLM(LightningModule):
         """How the result is described in its config.json; `InputError` if it can't be."""
         for name in source.layout.names:
             rounding = self.activation_quantizer.for_linear(name, self.activation)
-            if rounding != (TokenRounding(self.activation.bits) if self.activation.quantised else None):
+            if rounding != DynamicTokens().for_linear(name, self.activation):
                 raise InputError(
                     f"activation_quantizer {type(self.activation_quantizer).__name__}: a packed model rounds each "
                     "token dynamically, and nothing else can be stored; use DynamicTokens"

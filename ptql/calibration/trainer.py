@@ -52,6 +52,7 @@ from ptql.evaluation.recorded_run import METRICS, MODEL
 from ptql.evaluation.report import REPORT, write_report
 from ptql.evaluation.results import merge_metrics
 from ptql.evaluation.size import model_size
+from ptql.export.command import Sample, export
 from ptql.formats.write import write_model
 from ptql.restoration.command import check_restore_options, recorded_stage
 from ptql.restoration.restore import FIRST, Stage
@@ -493,6 +494,38 @@ class BlockTrainer(Trainer):
             ),
             self,
         )
+
+    def export(
+        self,
+        model: QuantLM,
+        datamodule: CalibrationData | None = None,
+        run: str | None = None,
+        format: str = "compressed-tensors",
+        out: str | None = None,
+        dtype: str = "auto",
+        check: bool = True,
+        text: str = "pydoc",
+        windows: int = 4,
+        length: int = 512,
+    ) -> None:
+        """Write a finished model in the format of another runtime, which must load it and give our logits.
+
+        Args:
+            run: A finished run, whose model is written. Or --model.source, a directory that ptql packed.
+            format: compressed-tensors, gptq, gptq_v2, auto-round, gguf or dense.
+            out: The directory that is made.
+            dtype: float16, bfloat16 or float32; by default bfloat16 where scales were made for it, else float16.
+            check: Read it back with that runtime, in a process of its own, and compare.
+            text: What it is compared on.
+            windows: How many windows of it.
+            length: Tokens of a window.
+        """
+        if self.world_size > 1:
+            raise InputError(f"devices={self.world_size}: export is one process; leave --trainer.devices at 1")
+        check_eval_options(model, datamodule, "export")
+        self.strategy.setup_environment()
+        sample = Sample(text, windows, length) if check else None
+        export(run, model.source, format, out, dtype, sample, self.strategy.root_device)
 
     def _precision_of_products(self, model: QuantLM) -> None:
         if self.strategy.root_device.type == "cuda":

@@ -35,6 +35,10 @@ class Target(ABC):
 
     name: str
     loader: Loader
+    exact: bool = True
+    """Whether the loader computes with the weights that were measured, in float32."""
+    allowed_perplexity: float = 0.0
+    """How far perplexity may be off where it is not: a share."""
 
     def __init__(self, dtype: torch.dtype = torch.float16) -> None:
         self.dtype = dtype

@@ -18,9 +18,9 @@ from ptql.parts.activations.dynamic import TokenRounding
 from ptql.recipe import UNQUANTISED, ActivationScheme, IntScheme, LayerSchemes
 
 QUANT_METHOD = "ptql"
-VERSIONS = (1, 2, 3, 4, 5)
+VERSIONS = (1, 2, 3, 4, 5, 6)
 """Of the format: 2 has factors; 3 has layers of other formats, five levels, one bit, and the cache's bits apart; 4 has
-signs beside salient channels; 5 has three levels. Each is written only where it is needed, so that older readers have
+signs beside salient channels; 5 has three levels; 6 has activations without a zero point. Each is written only where it is needed, so that older readers have
 the others."""
 
 
@@ -76,6 +76,8 @@ class PackedFormat:
     @property
     def version(self) -> int:
         """The lowest that holds all that it says."""
+        if self.activation.symmetric and self.activation.quantised:
+            return 6
         kinds = (self.weight, *self.layers.values())
         if any(s.balanced and s.bits == 1 for s in kinds):
             return 5
@@ -133,6 +135,7 @@ class PackedFormat:
             activation=ActivationScheme(
                 bits=_take(activation, "bits", int),
                 kv_bits=_take(activation, "kv_bits", int) if "kv_bits" in activation else None,
+                symmetric="symmetric" in activation and _take(activation, "symmetric", bool),
             ),
             qkv=_take(activation, "qkv", bool),
             blocks=_take(stored, "blocks", str),
@@ -155,7 +158,7 @@ def prepare_block(block: nn.Module, fmt: PackedFormat, index: int) -> None:
     Raises:
         InputError: The format names a module that this block does not have.
     """
-    rounding = TokenRounding(fmt.activation.bits) if fmt.activation.quantised else None
+    rounding = TokenRounding(fmt.activation.bits, fmt.activation.symmetric) if fmt.activation.quantised else None
     for name in fmt.linears:
         linear = _module(block, name)
         if not isinstance(linear, nn.Linear):
@@ -226,6 +229,7 @@ def _scheme(stored: Mapping[str, Any], key: str) -> IntScheme:
         balanced="balanced" in found and _take(found, "balanced", bool),
         salient=_take(found, "salient", float) if "salient" in found else None,
         salient_bits=_take(found, "salient_bits", int) if "salient" in found else 4,
+        scale_dtype=_take(found, "scale_dtype", str) if "scale_dtype" in found else "float16",
     )
 
 

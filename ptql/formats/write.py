@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ptql.calibration.ledger import Ledger
 from ptql.checkpoint import INDEX, SINGLE, Checkpoint
-from ptql.disk import put, put_text, save_tensors
+from ptql.disk import new_directory, put, put_text, save_tensors
 from ptql.errors import RunError
 from ptql.formats.ptql import PackedFormat
 
@@ -37,7 +37,8 @@ def write_model(
     """
     config = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = fmt.to_dict()
-    _write(out, source.directory, config, _tensors(source, ledger, blocks), shard_bytes)
+    with new_directory(out) as scratch:
+        write_files(scratch, source.directory, config, _tensors(source, ledger, blocks), shard_bytes)
 
 
 def write_dense(
@@ -53,37 +54,21 @@ def write_dense(
     """
     config = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
-    _write(out, source.directory, config, tensors, SHARD_BYTES, more)
-
-
-def _write(
-    out: Path,
-    like: Path,
-    config: dict[str, Any],
-    tensors: Iterator[tuple[str, Tensor]],
-    shard_bytes: int,
-    more: Callable[[Path], None] = lambda scratch: None,
-) -> None:
-    scratch = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        _write_shards(tensors, scratch, shard_bytes)
-        for pattern in COPIED:
-            for file in like.glob(pattern):
-                if file.name not in ("config.json", INDEX, RESTORATION):
-                    shutil.copyfile(file, scratch / file.name)
-        put_text(scratch / "config.json", json.dumps(config, indent=2) + "\n")
+    with new_directory(out) as scratch:
+        write_files(scratch, source.directory, config, tensors, SHARD_BYTES)
         more(scratch)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(scratch, out)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_files(
+    folder: Path, like: Path, config: dict[str, Any], tensors: Iterator[tuple[str, Tensor]], shard_bytes: int
+) -> None:
+    """Fill `folder` with tensors, the configuration, and the tokenizer and generation settings of the model `like`."""
+    _write_shards(tensors, folder, shard_bytes)
+    for pattern in COPIED:
+        for file in like.glob(pattern):
+            if file.name not in ("config.json", INDEX, RESTORATION):
+                shutil.copyfile(file, folder / file.name)
+    put_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _tensors(source: Checkpoint, ledger: Ledger, blocks: int | None) -> Iterator[tuple[str, Tensor]]:

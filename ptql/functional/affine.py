@@ -50,6 +50,33 @@ def fake_quantize(
     return _RoundClamp.apply(x, scale, zero, levels - 1)
 
 
+class _SymmetricTokens(torch.autograd.Function):
+    """`fake_quantize_tokens` without a zero point; the scale's gradient goes to one element of the largest size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
+        top = 2 ** (bits - 1) - 1
+        largest, at = x.abs().max(-1, keepdim=True)
+        raw = largest / top
+        scale = raw.clamp(SMALLEST_SCALE, LARGEST_SCALE)
+        ratio = x / scale
+        code = ratio.round()
+        inside = (code >= -top - 1) & (code <= top)
+        code.clamp_(-top - 1, top)
+        if ctx.needs_input_grad[0]:
+            sign = x.gather(-1, at).sign().mul_(raw == scale)
+            ctx.save_for_backward(inside, code - ratio.mul_(inside), at, sign)
+            ctx.top = top
+        return code.mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        inside, by_scale, at, sign = ctx.saved_tensors
+        (grad,) = grads
+        to_largest = (grad * by_scale).sum(-1, keepdim=True).mul_(sign).div_(ctx.top)
+        return (grad * inside).scatter_add_(-1, at, to_largest), None
+
+
 class _DynamicTokens(torch.autograd.Function):
     """`fake_quantize_tokens` in one piece; the range's gradient goes to one smallest and one largest element."""
 
@@ -80,15 +107,20 @@ class _DynamicTokens(torch.autograd.Function):
         return to_x, None
 
 
-def fake_quantize_tokens(x: Float[Tensor, "*rows n"], bits: int) -> Float[Tensor, "*rows n"]:
-    """Round each last-dimension vector of `x` on its own asymmetric min-max grid (dynamic, per token).
+def fake_quantize_tokens(x: Float[Tensor, "*rows n"], bits: int, symmetric: bool = False) -> Float[Tensor, "*rows n"]:
+    """Round each last-dimension vector of `x` on its own min-max grid (dynamic, per token).
+
+    Asymmetric, or without a zero point: the step is max|x| / (2^(b-1) - 1) then, as int8 kernels that serve such models
+    have it. (The package compressed-tensors takes max|x| / (2^(b-1) - 1/2), where the largest number lies halfway
+    between two codes.)
 
     Computed in float32 whatever `x` is, returned in `x`'s dtype. 16 bits return `x` itself.
     """
     if bits >= 16:
         return x
     wide = x if x.dtype == torch.float64 else x.float()
-    return _DynamicTokens.apply(wide, bits).to(x.dtype)
+    rule = _SymmetricTokens if symmetric else _DynamicTokens
+    return rule.apply(wide, bits).to(x.dtype)
 
 
 def grouped(w: Shaped[Tensor, "out in"], columns: int) -> Shaped[Tensor, "out g c"]:
@@ -159,14 +191,16 @@ def encode(
     levels: int,
     columns: int,
     symmetric: bool,
+    scale_dtype: torch.dtype = torch.float16,
 ) -> tuple[UInt8[Tensor, "out in"], Float[Tensor, "out g"], UInt8[Tensor, "out g"] | None]:
     """Codes, float16 scales and zero points (None if symmetric) of weights `w` on the given ranges.
 
     The scale is rounded to float16 first and everything else computed from the rounded one, so that what is
-    stored is exactly what `dequantize` gives back.
+    stored is exactly what `dequantize` gives back. With `scale_dtype` bfloat16 it is a float16 number that bfloat16
+    holds, too.
     """
     scale, zero = scale_and_zero(low, high, levels, symmetric)
-    stored = scale.half()
+    stored = scale.to(scale_dtype).half()
     scale = stored.to(w.dtype)
     if not symmetric:
         zero = zero_point(low, scale, levels - 1)

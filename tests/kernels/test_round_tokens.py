@@ -30,6 +30,15 @@ def autograd_round_tokens(x: Tensor, bits: int) -> Tensor:
     return (code - zero) * scale
 
 
+def autograd_symmetric(x: Tensor, bits: int) -> Tensor:
+    """The same without a zero point."""
+    top = 2 ** (bits - 1) - 1
+    scale = x.abs().max(-1, keepdim=True).values / top
+    ratio = x / scale
+    code = ratio + (ratio.round() - ratio).detach()
+    return code.clamp(-top, top) * scale
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_values_are_a_loop_over_elements(bits: int, device: str) -> None:
     x = some_tokens((6, 20), device).detach()
@@ -43,26 +52,48 @@ def test_values_are_a_loop_over_elements(bits: int, device: str) -> None:
         assert rounded == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_values_without_a_zero_point_are_a_loop_over_elements(bits: int, device: str) -> None:
+    x = some_tokens((6, 20), device).detach()
+    x[0] += 100
+    x[1] -= 100
+    out = round_tokens(x, bits, torch.float32, symmetric=True)
+    most = 2 ** (bits - 1)
+    for token, rounded in zip(x.tolist(), out.tolist(), strict=True):
+        scale = max(abs(v) for v in token) / (2 ** (bits - 1) - 1)
+        expected = [min(max(round(v / scale), -most), most - 1) * scale for v in token]
+        assert rounded == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_values_are_the_twins_to_the_bit(shape: tuple[int, ...], bits: int, dtype: torch.dtype, device: str) -> None:
+def test_values_are_the_twins_to_the_bit(
+    shape: tuple[int, ...], bits: int, dtype: torch.dtype, symmetric: bool, device: str
+) -> None:
     x = some_tokens(shape, device, dtype)
     for result in (torch.float32, torch.bfloat16):
-        out = round_tokens(x, bits, result)
+        out = round_tokens(x, bits, result, symmetric)
         assert out.dtype == result
-        assert torch.equal(out, round_tokens_reference(x, bits, result))
-    assert torch.equal(round_tokens(x, bits, dtype), affine.fake_quantize_tokens(x, bits))
+        assert torch.equal(out, round_tokens_reference(x, bits, result, symmetric))
+    assert torch.equal(round_tokens(x, bits, dtype, symmetric), affine.fake_quantize_tokens(x, bits, symmetric))
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_gradients_are_those_of_float64_autograd(shape: tuple[int, ...], bits: int, device: str) -> None:
+def test_gradients_are_those_of_float64_autograd(
+    shape: tuple[int, ...], bits: int, symmetric: bool, device: str
+) -> None:
     x = some_tokens(shape, device)
     grad = torch.randn(shape, device=device)
-    (ours,) = torch.autograd.grad(round_tokens(x, bits, torch.float32), x, grad)
+    (ours,) = torch.autograd.grad(round_tokens(x, bits, torch.float32, symmetric), x, grad)
+    (twins,) = torch.autograd.grad(round_tokens_reference(x, bits, torch.float32, symmetric), x, grad)
+    torch.testing.assert_close(ours, twins, rtol=1e-5, atol=1e-5 * twins.abs().max().item())
     wide = x.detach().cpu().double().requires_grad_()
-    (theirs,) = torch.autograd.grad(autograd_round_tokens(wide, bits), wide, grad.cpu().double())
+    plain = autograd_symmetric if symmetric else autograd_round_tokens
+    (theirs,) = torch.autograd.grad(plain(wide, bits), wide, grad.cpu().double())
     torch.testing.assert_close(ours.cpu().double(), theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
 
@@ -153,11 +184,12 @@ def test_no_tokens_at_all(device: str) -> None:
     assert torch.autograd.grad(out, x, torch.empty_like(out))[0].shape == (0, 8)
 
 
-def test_the_operators_keep_torchs_rules(device: str) -> None:
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_operators_keep_torchs_rules(symmetric: bool, device: str) -> None:
     x = torch.randn(2, 3, 4, 16, device=device).transpose(1, 2).requires_grad_()
-    torch.library.opcheck(torch.ops.ptql.round_tokens.default, (x, 4, torch.bfloat16))
+    torch.library.opcheck(torch.ops.ptql.round_tokens.default, (x, 4, torch.bfloat16, symmetric))
     grad = torch.randn(2, 4, 3, 16, device=device)
-    torch.library.opcheck(torch.ops.ptql.round_tokens_backward.default, (grad, x.detach(), 4))
+    torch.library.opcheck(torch.ops.ptql.round_tokens_backward.default, (grad, x.detach(), 4, symmetric))
 
 
 def test_a_compiled_function_has_no_break(device: str) -> None:

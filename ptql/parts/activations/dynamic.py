@@ -16,23 +16,23 @@ from ptql.recipe import UNQUANTISED, ActivationScheme
 
 @dataclass(frozen=True)
 class TokenRounding:
-    """Rounds each last-dimension vector to `bits` bits on its own asymmetric min-max grid."""
+    """Rounds each last-dimension vector to `bits` bits on its own min-max grid, with a zero point or without."""
 
     bits: int
+    symmetric: bool = False
     kernels: bool = field(default=False, compare=False)
     """One kernel forward and one backward; under autocast it returns the dtype that products are computed in."""
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.kernels:
-            return fake_quantize_tokens(x, self.bits)
+            return fake_quantize_tokens(x, self.bits, self.symmetric)
         kind = x.device.type
-        return round_tokens(
-            x, self.bits, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        )
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return round_tokens(x, self.bits, dtype, self.symmetric)
 
 
 class DynamicTokens(ActivationQuantizer):
-    """Dynamic, per token, asymmetric, at the input of every linear layer and at q, k (after RoPE) and v.
+    """Dynamic, per token, asymmetric unless the scheme says otherwise, at the input of every linear layer and at q, k (after RoPE) and v.
 
     The rule of OmniQuant, LRQuant and ABQ-LLM. One difference: for OPT the originals round q, k and v before
     the heads are split, so over all heads of a token; here every family rounds per token and head.
@@ -45,7 +45,7 @@ class DynamicTokens(ActivationQuantizer):
         self.qkv = qkv
 
     def for_linear(self, name: str, scheme: ActivationScheme) -> Rounding | None:
-        return TokenRounding(scheme.bits) if scheme.quantised else None
+        return TokenRounding(scheme.bits, scheme.symmetric) if scheme.quantised else None
 
     def for_attention(self, scheme: ActivationScheme) -> Rounding | None:
         return TokenRounding(scheme.bits) if self.qkv and scheme.quantised else None

@@ -134,7 +134,8 @@ class AffineLinear(LinearQuantizer):
     def encode(self, w: Tensor) -> dict[str, Tensor]:
         s = self.scheme
         low, high = self._range(affine.grouped(w, s.columns(self.row)))
-        codes, scale, zero = affine.encode(w, low, high, s.levels, s.columns(self.row), s.symmetric)
+        kind = getattr(torch, s.scale_dtype)
+        codes, scale, zero = affine.encode(w, low, high, s.levels, s.columns(self.row), s.symmetric, kind)
         factors = None if self.left is None or self.right is None else (self.left, self.right)
         return packed_tensors(codes, scale, zero, s.levels, factors)
 

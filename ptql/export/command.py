@@ -1,0 +1,156 @@
+"""`ptql export`: everything is checked, written beside its place, read back by another runtime, then named."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ptql.calibration.texts import read_text
+from ptql.calibration.tokens import bos_token, consecutive_windows, load_tokenizer, tokenize
+from ptql.checkpoint import Checkpoint, resolve
+from ptql.disk import new_directory, put_text, told_if_full
+from ptql.errors import InputError, check_number
+from ptql.evaluation.recorded_run import MODEL
+from ptql.export.card import card
+from ptql.export.compressed_tensors import CompressedTensors
+from ptql.export.dense import Dense
+from ptql.export.gptq import AutoRound, Gptq, GptqV2
+from ptql.export.refusals import schemes
+from ptql.export.reload import Reloaded, check_loader, reload
+from ptql.export.target import Target
+
+TARGETS: dict[str, type[Target]] = {
+    target.name: target for target in (CompressedTensors, Gptq, GptqV2, AutoRound, Dense)
+}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+FILE_ENDS = (".safetensors", ".gguf")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What an export is checked on.
+
+    Args:
+        text: A text as for calibration.
+        windows: How many.
+        length: Tokens of a window; shorter where the model's context is.
+
+    Raises:
+        InputError: Numbers below 1, or 2.
+    """
+
+    text: str = "pydoc"
+    windows: int = 4
+    length: int = 512
+
+    def __post_init__(self) -> None:
+        check_number("windows", self.windows, 1, 1_000_000, "1 or more are needed; use --check false for no check")
+        check_number("length", self.length, 2, 1_000_000, "a window holds 2 tokens or more; 512 is usual")
+
+    def ids(self, model: Checkpoint) -> Int[Tensor, "windows tokens"]:
+        """Token ids."""
+        tokenizer = load_tokenizer(model.directory)
+        tokens = tokenize(tokenizer, read_text(self.text, "evaluation"))
+        bos = bos_token(tokenizer, model.family.bos)
+        return consecutive_windows(tokens, min(self.length, model.context), bos)[: self.windows]
+
+
+def export(
+    run: str | None,
+    source: str | None,
+    target: str,
+    out: str | None,
+    dtype: str,
+    sample: Sample | None,
+    device: torch.device,
+) -> Path:
+    """Write a finished run's model, or a packed model directory, in the format of another runtime.
+
+    Args:
+        run: The run.
+        source: Or a directory that ptql packed.
+        target: Name of the format.
+        out: The directory that is made.
+        dtype: `float16`, `bfloat16` or `float32`; `auto`, see `_dtype`.
+        sample: What it is checked on; None for no check.
+        device: Where our own logits are computed.
+
+    Raises:
+        InputError: The format can't hold the model, or an option is wrong; nothing is written.
+        RunError: It was written, and the runtime does not load it or gives other logits; it is removed again.
+    """
+    if (run is None) == (source is None):
+        raise InputError("export writes one model: give either --run RUN or --model.source DIR")
+    if target not in TARGETS:
+        raise InputError(f"format={target}: no such format; one of {', '.join(TARGETS)}")
+    if out is None:
+        raise InputError(f"--out is missing: say which directory the {target} model shall be")
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"out={out}: is there already; give another name, or remove it first")
+    if run is not None and not (Path(run) / MODEL).is_dir():
+        raise InputError(f"{run}: no finished model in this run; let `ptql fit` end first")
+    model = Checkpoint(Path(run) / MODEL if run is not None else resolve(source or ""))
+    writer = TARGETS[target](_dtype(dtype, model, target))
+    writer.check(model)
+    ids = None
+    if sample is not None:
+        check_loader(writer.loader)
+        ids = sample.ids(model)
+    with told_if_full(folder), new_directory(folder) as scratch:
+        _say(f"{target}: writing {model.num_blocks} blocks")
+        writer.write(model, scratch)
+        found: Reloaded | None = None
+        if sample is not None and ids is not None:
+            _say(f"{target}: reading it back with {writer.loader.package}")
+            found = reload(writer, scratch, model, ids, sample.text, device)
+        size = sum(file.stat().st_size for file in scratch.iterdir() if file.name.endswith(FILE_ENDS))
+        command = f"ptql export --run RUN --format {target} --dtype {_name(writer.dtype)} --out {shlex.quote(folder.name)}"
+        put_text(scratch / "README.md", card(model, None if run is None else Path(run), target, size, command, found))
+    print(f"{folder}: {size / 1e6:.1f} MB, {8 * size / model.parameters:.3f} bits a parameter; {_words(found)}")
+    return folder
+
+
+def _dtype(given: str, model: Checkpoint, target: str) -> torch.dtype:
+    """`auto`: bfloat16 where the scales were made for it, else float16, which has all their digits."""
+    if given != "auto":
+        if given not in DTYPES:
+            raise InputError(f"dtype={given}: one of auto, {', '.join(DTYPES)} is needed")
+        return DTYPES[given]
+    if target == Dense.name:
+        return torch.bfloat16
+    if target in (Gptq.name, GptqV2.name, AutoRound.name) or model.packed is None:
+        return torch.float16
+    made_for_it = all(scheme.scale_dtype == "bfloat16" for _, scheme, _ in schemes(model) if scheme.quantised)
+    if not made_for_it and model.layout.offset_norms:
+        raise InputError(
+            f"dtype=auto: {model.family.name} computes with numbers beyond float16, and the scales are not made for "
+            "bfloat16; fit with --model.weight.scale_dtype bfloat16, or say --dtype float16"
+        )
+    return torch.bfloat16 if made_for_it else torch.float16
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _words(found: Reloaded | None) -> str:
+    if found is None:
+        return "not read back (--check false)"
+    return (
+        f"{found.loader} reads it: perplexity {found.perplexity_reloaded:.4f}, ours {found.perplexity:.4f}; logits "
+        f"{found.logits_off:.2g} off at most (their spread is {found.logits_spread:.2g})"
+    )
+
+
+def _say(line: str) -> None:
+    print(f"ptql: {line}", file=sys.stderr, flush=True)
+
+

@@ -1,0 +1,68 @@
+"""Formats that are Hugging Face directories: safetensors, and a config.json that says how to read them."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptql.checkpoint import Checkpoint
+from ptql.export.layers import IntLayer, block_parts
+from ptql.export.target import Target
+from ptql.formats.write import SHARD_BYTES, write_files
+
+
+class DirectoryTarget(Target):
+    """Writes shard by shard; matrices that are not quantised in the dtype, vectors (norms, biases) in float32.
+
+    What serves a model casts vectors to its dtype when it loads them; in float32 they are what was measured.
+    """
+
+    def write(self, model: Checkpoint, folder: Path) -> None:
+        write_files(folder, model.directory, self._config(model), self._tensors(model), SHARD_BYTES)
+        self.add_files(model, folder)
+
+    @abstractmethod
+    def layer(self, layer: IntLayer) -> dict[str, Tensor]:
+        """The tensors that stand for a quantised matrix, by their last name."""
+
+    def quantization(self, model: Checkpoint) -> dict[str, Any] | None:
+        """`quantization_config`; None for none."""
+        return None
+
+    def add_files(self, model: Checkpoint, folder: Path) -> None:
+        """Further files that the format wants."""
+
+    def _config(self, model: Checkpoint) -> dict[str, Any]:
+        config = json.loads((model.directory / "config.json").read_text(encoding="utf-8"))
+        config.pop("quantization_config", None)
+        config.pop("torch_dtype", None)  # its older name
+        config["dtype"] = str(self.dtype).removeprefix("torch.")
+        quantization = self.quantization(model)
+        return config if quantization is None else {**config, "quantization_config": quantization}
+
+    def _tensors(self, model: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+        for index in range(model.num_blocks):
+            path = f"{model.family.blocks}.{index}"
+            for name, part in self.parts(model, index):
+                if isinstance(part, IntLayer):
+                    for last, tensor in self.layer(part).items():
+                        yield f"{path}.{name}.{last}", tensor
+                else:
+                    yield f"{path}.{name}", self._served(part)
+        for name, tensor in model.read(model.outside_names()):
+            yield name, self._served(tensor)
+
+    def parts(self, model: Checkpoint, index: int) -> Iterator[tuple[str, IntLayer | Tensor]]:
+        """What block `index` holds, by name in it."""
+        return block_parts(model, index)
+
+    def _served(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.to(self.dtype if tensor.dim() > 1 else torch.float32)

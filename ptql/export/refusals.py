@@ -1,0 +1,106 @@
+"""What other formats have no place for, told before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ptql.checkpoint import Checkpoint
+from ptql.errors import InputError
+from ptql.formats.ptql import PackedFormat
+from ptql.recipe import UNQUANTISED, IntScheme
+
+
+def packed_format(model: Checkpoint) -> PackedFormat:
+    """How the model is packed; `InputError` if it isn't."""
+    if model.packed is None:
+        raise InputError(f"{model.directory}: in full precision, so there is nothing to export; give a run of `ptql fit`")
+    if not model.packed.schemes.any_quantised:
+        raise InputError(f"{model.directory}: weights of 16 bits, so there is nothing to export; fit with fewer")
+    return model.packed
+
+
+def schemes(model: Checkpoint) -> Iterator[tuple[str, IntScheme, int]]:
+    """Each matrix: `INDEX.LINEAR`, its format, its columns."""
+    fmt = packed_format(model)
+    columns = {name: model.empty_block(0).get_submodule(name).in_features for name in fmt.linears}
+    for index in range(model.num_blocks):
+        for name in fmt.linears:
+            size = columns[name]
+            assert isinstance(size, int)
+            yield f"{index}.{name}", fmt.schemes.of(index, name), size
+
+
+def refuse_additions(model: Checkpoint, target: str) -> None:
+    """Biases that the family does not have."""
+    fmt = packed_format(model)
+    if added := [*fmt.shifted_norms, *fmt.added_biases]:
+        raise InputError(
+            f"{target} has no place for the biases that learned shifts give to {', '.join(added)}; fit without them: "
+            "--model.transforms.shift biased, or -c presets/served"
+        )
+
+
+def refuse_attention(model: Checkpoint, target: str) -> None:
+    """Rounded queries, keys and values."""
+    fmt = packed_format(model)
+    if fmt.rounds_attention:
+        raise InputError(
+            f"{target} can't say that queries, keys or values are rounded (to {fmt.query_bits} and {fmt.cache_bits} "
+            "bits), so other logits would be served than were measured; fit with "
+            "--model.activation_quantizer.qkv false and no kv_bits, or -c presets/served"
+        )
+
+
+def refuse_activations(model: Checkpoint, target: str) -> None:
+    """Rounded activations."""
+    refuse_attention(model, target)
+    bits = packed_format(model).activation.bits
+    if bits < UNQUANTISED:
+        raise InputError(
+            f"{target} can't say that activations are rounded to {bits} bits, so other logits would be served than were "
+            "measured; use --format compressed-tensors, or fit with --model.activation.bits 16"
+        )
+
+
+def refuse_kinds(model: Checkpoint, target: str) -> None:
+    """Codes that are not plain integers, and factors beside them."""
+    fmt = packed_format(model)
+    if fmt.factor_rank:
+        raise InputError(
+            f"{target} has no place for factors (factor_rank={fmt.factor_rank}); fit with --model.weight_quantizer."
+            "factor_rank 0, or use --format dense"
+        )
+    for name, scheme, _ in schemes(model):
+        if scheme.salient is not None or scheme.balanced:
+            what = "signs and salient channels" if scheme.salient is not None else f"{scheme.levels} levels"
+            raise InputError(
+                f"{target} has no codes of {what} ({name}); fit with -c schemes/w2a16g64 or wider, or use --format dense"
+            )
+
+
+def refuse_inexact_scales(model: Checkpoint, target: str, dtype: torch.dtype) -> None:
+    """Scales that the served dtype does not hold."""
+    if dtype != torch.bfloat16:
+        return
+    for name, scheme, _ in schemes(model):
+        if scheme.quantised and scheme.scale_dtype != "bfloat16":
+            raise InputError(
+                f"dtype=bfloat16: {target} has scales in it, and those of {name} are float16 numbers, of which it would "
+                "keep 8 of 11 digits; use --dtype float16, or fit with --model.weight.scale_dtype bfloat16"
+            )
+
+
+def refuse_short_groups(model: Checkpoint, target: str) -> None:
+    """Rows whose last group is shorter."""
+    for name, scheme, columns in schemes(model):
+        if scheme.quantised and columns % scheme.columns(columns):
+            raise InputError(
+                f"{target} has groups of one size, and {columns} columns of {name} are no multiple of "
+                f"{scheme.group_size}; fit with --model.weight.group_size {_divisor(columns)}, or -1"
+            )
+
+
+def _divisor(columns: int) -> int:
+    return next((size for size in (128, 64, 32, 16) if columns % size == 0), -1)
