@@ -102,3 +102,20 @@ def _span(scheme: IntScheme) -> tuple[int, int]:
     top = scheme.levels - 1
     middle = scheme.levels // 2
     return (-middle, top - middle) if scheme.symmetric else (-top, top)
+
+
+def nearest(scheme: IntScheme, columns: int, widen: bool) -> str:
+    """Why no type holds a format, and what would do."""
+    what = f"{scheme.levels} levels, group_size {scheme.group_size}, symmetric {str(scheme.symmetric).lower()}"
+    if scheme.salient is not None:
+        return "signs and salient channels; fit with -c schemes/w2a16g64 or wider, or use --format dense"
+    if columns % 32:
+        return f"{columns} columns are no multiple of 32; leave the layer at 16 bits (--model.layers), or use --format dense"
+    if scheme.groups(columns) > 1 and scheme.columns(columns) % 32:
+        return f"{what}: a block of 32 columns has one scale; fit with a group_size of 32, a multiple of it, or -1"
+    wider = "" if widen or block_type(scheme, columns, True) is None else ", or use --widen true: as exact, but larger"
+    if scheme.levels in (4, 8, 64) and columns % 256 == 0:
+        symmetric = "" if scheme.levels == 4 else "symmetric true and "
+        return f"{what}: those of {scheme.bits} bits have 256 columns; fit with {symmetric}group_size 256 or -1{wider}"
+    bits = 4 if scheme.bits < 4 else 8
+    return f"{what}, {columns} columns; fit with {bits} bits, symmetric true and group_size 32{wider}"
