@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tests.models import random_model, save
 
 TEXT = (Path(__file__).parents[2] / "docs" / "design.md").read_text(encoding="utf-8")
 VOCABULARY = 400
+INT4 = IntScheme(4, 32, symmetric=True)
 SPECIAL = ["<unk>", "<s>", "</s>"]
 SIZES: dict[str, Any] = {
     "vocab_size": 416,  # more than the tokenizer has
@@ -104,9 +107,12 @@ def source_model(directory: Path, config: PretrainedConfig, tokenizer: Tokenizer
     return Checkpoint(directory)
 
 
-def packed_model(source: Checkpoint, run: Path, recipe: QuantLM) -> Checkpoint:
-    """It, rounded to nearest."""
-    fmt = recipe.packed_format(source, AddedBiases())
+def packed_model(
+    source: Checkpoint, run: Path, weight: IntScheme = INT4, layers: Mapping[str, IntScheme] | None = None, **more: Any
+) -> Checkpoint:
+    """It, rounded to nearest; `layers` of other formats by INDEX.LINEAR, `more` of the packed format."""
+    fmt = QuantLM(method="rtn", weight=weight).packed_format(source, AddedBiases())
+    fmt = replace(fmt, layers=layers or {}, **more)
     ledger = Ledger(run, {"seed": 0})
     ledger.start()
     for index in range(source.num_blocks):
@@ -120,7 +126,3 @@ def packed_model(source: Checkpoint, run: Path, recipe: QuantLM) -> Checkpoint:
         ledger.record(index, BlockRecord(weights, {}, {}))
     write_model(source, fmt, ledger, run / "model")
     return Checkpoint(run / "model")
-
-
-def recipe(bits: int = 4, group_size: int = 32, symmetric: bool = True, **more: Any) -> QuantLM:
-    return QuantLM(method="rtn", weight=IntScheme(bits, group_size, symmetric), **more)
