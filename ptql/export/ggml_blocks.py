@@ -2,7 +2,7 @@
 
 A block is the codes of 32 or 256 neighbouring columns with float16 scales. Layouts: `ggml-common.h` and
 `ggml-quants.c` of llama.cpp. Those of 256 columns have a small integer for each 16 or 32 of them that multiplies the
-scale; here it is 1, so that a block has one scale. Every type holds the float32 weight exactly, but those with a minimum.
+scale; here it is 1, so that a block has one scale. All but those with a minimum hold the float32 weight exactly.
 """
 
 from __future__ import annotations

@@ -42,8 +42,9 @@ class BlockType:
         one_scale = scheme.groups(columns) == 1 or scheme.columns(columns) % self.columns == 0
         return one_scale and columns % self.columns == 0
 
-    def rows(self, layer: IntLayer) -> UInt8[Array, "out b"]:
+    def rows(self, layer: IntLayer | Tensor) -> UInt8[Array, "out b"]:
         """The bytes of a layer's rows."""
+        assert isinstance(layer, IntLayer)
         codes = layer.codes.numpy()
         rows, columns = codes.shape
         group = np.arange(columns // self.columns) * self.columns // layer.columns
@@ -110,7 +111,9 @@ def nearest(scheme: IntScheme, columns: int, widen: bool) -> str:
     if scheme.salient is not None:
         return "signs and salient channels; fit with -c schemes/w2a16g64 or wider, or use --format dense"
     if columns % 32:
-        return f"{columns} columns are no multiple of 32; leave the layer at 16 bits (--model.layers), or use --format dense"
+        return (
+            f"{columns} columns are no multiple of 32; give the layer 16 bits (--model.layers), or use --format dense"
+        )
     if scheme.groups(columns) > 1 and scheme.columns(columns) % 32:
         return f"{what}: a block of 32 columns has one scale; fit with a group_size of 32, a multiple of it, or -1"
     wider = "" if widen or block_type(scheme, columns, True) is None else ", or use --widen true: as exact, but larger"

@@ -64,8 +64,8 @@ def architecture_of(model: Checkpoint) -> Architecture:
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise InputError(
-            f"model_type={config.model_type}: GGUF files are written of {known}; use --format dense, and llama.cpp's own "
-            "converter"
+            f"model_type={config.model_type}: GGUF files are written of {known}; use --format dense, and llama.cpp's "
+            "own converter"
         )
     found = ARCHITECTURES[config.model_type]
     site = model.layout.attention
@@ -83,8 +83,8 @@ def architecture_of(model: Checkpoint) -> Architecture:
     ]
     if unknown:
         raise InputError(
-            f"{', '.join(unknown)}: {found.name} in llama.cpp has no place for these biases; fit without learned shifts "
-            "(--model.transforms.shift biased), or use --format dense"
+            f"{', '.join(unknown)}: {found.name} in llama.cpp has no place for these biases; fit without learned "
+            "shifts (--model.transforms.shift biased), or use --format dense"
         )
     return found
 
@@ -112,8 +112,8 @@ def rope_parameters(config: PretrainedConfig) -> dict:
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(
-            f"partial_rotary_factor={rope['partial_rotary_factor']}: GGUF files are written of models that rotate whole "
-            "heads; use --format dense, and llama.cpp's own converter"
+            f"partial_rotary_factor={rope['partial_rotary_factor']}: GGUF files are written of models that rotate "
+            "whole heads; use --format dense, and llama.cpp's own converter"
         )
     return rope
 

@@ -16,7 +16,7 @@ REMEDY = "use --format dense, and llama.cpp's own converter"
 SPACE = "▁"
 _END = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA3 = rf"{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_END}"
+LLAMA3 = rf"{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_END}"
 QWEN2 = rf"{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_END}"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (
@@ -26,8 +26,8 @@ _TEKKEN = (
 PRE_TOKENIZERS: dict[tuple[Any, ...], str] = {
     ("gpt2", False): "gpt-2",
     ("digits", "gpt2", False): "smollm",
-    (_LLAMA3, True): "llama-bpe",
-    (_LLAMA3, False): "smaug-bpe",
+    (LLAMA3, True): "llama-bpe",
+    (LLAMA3, False): "smaug-bpe",
     (QWEN2, False): "qwen2",
     (_TEKKEN, True): "tekken",
 }
@@ -98,7 +98,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     model = described["model"]
     if model["type"] != "BPE":
         raise InputError(f"tokenizer: a model of the kind {model['type']} is not written, BPE is; {REMEDY}")
-    pairs = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    pairs = [_pair(pair) for pair in model["merges"]]
     tokens, types = _tokens(described, size)
     kinds: dict[str, Any]
     if model.get("byte_fallback"):
@@ -157,6 +157,12 @@ def _tokens(described: dict[str, Any], size: int) -> tuple[list[str], list[gguf.
     return tokens, types
 
 
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    """The two sides, written together with a space between in older files."""
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return left, right
+
+
 def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
     """The parts of a sequence."""
     if part is None:
@@ -181,8 +187,8 @@ def _pre_tokenizer(described: dict[str, Any]) -> str:
     # llama.cpp does not compose letters and accents into one character, which most texts have already
     if name is None or normalizers not in ([], ["NFC"]):
         raise InputError(
-            f"tokenizer: it prepares texts in a way that is not known (normalizer {normalizers}, cuts {cuts}), of which "
-            f"llama.cpp needs the name; those of {', '.join(PRE_TOKENIZERS.values())} are known; {REMEDY}"
+            f"tokenizer: it prepares texts in a way that is not known (normalizer {normalizers}, cuts {cuts}), of "
+            f"which llama.cpp needs the name; those of {', '.join(PRE_TOKENIZERS.values())} are known; {REMEDY}"
         )
     return name
 
@@ -203,8 +209,8 @@ def _space_before(described: dict[str, Any]) -> bool:
             break
     if not spaces:
         raise InputError(
-            f"tokenizer: llama.cpp has no {', '.join(step['type'] for step in steps) or 'nothing'} before the merges of "
-            f"a SentencePiece model, only spaces as {SPACE}; {REMEDY}"
+            f"tokenizer: llama.cpp has no {', '.join(step['type'] for step in steps) or 'nothing'} before the merges "
+            f"of a SentencePiece model, only spaces as {SPACE}; {REMEDY}"
         )
     return before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from itertools import pairwise
 
 from ptql.errors import InputError
 
@@ -12,8 +13,8 @@ Pair = tuple[str, str]
 def spm_scores(vocab: Mapping[str, int], merges: Sequence[Pair], whole: Set[str]) -> dict[str, float]:
     """A score for each token that merges make: the higher, the earlier it is made.
 
-    Merges say which pairs are joined, and in which order. llama.cpp joins any neighbours that make a token, the one with
-    the highest score first. Both do the same if each token comes from one last pair, that which its own text gives (no
+    Merges say which pairs are joined, and in which order. llama.cpp joins any neighbours that make a token, the best score
+    first. Both do the same if each token comes from one last pair, that which its own text gives (no
     other pair of its parts ever stands side by side then), and is scored by that pair's place in the list; or if all
     pairs that make it are in the list.
 
@@ -39,7 +40,7 @@ def spm_scores(vocab: Mapping[str, int], merges: Sequence[Pair], whole: Set[str]
             scores[token] = -float(min(listed, default=len(merges)))
         else:
             raise InputError(
-                f"tokenizer: no merges lead to the token {token!r}, which llama.cpp would make of its parts all the same; "
+                f"tokenizer: no merges lead to the token {token!r}, which llama.cpp would make all the same; "
                 "use --format dense, and llama.cpp's own converter"
             )
     return scores
@@ -49,7 +50,7 @@ def _last_pair(token: str, ranks: Mapping[Pair, int]) -> Pair | None:
     """The pair that is joined last when merges make `token` of its characters; None if they do not."""
     parts = list(token)
     while len(parts) > 2:
-        rank, at = min((ranks.get(pair, len(ranks)), k) for k, pair in enumerate(zip(parts, parts[1:], strict=False)))
+        rank, at = min((ranks.get(pair, len(ranks)), k) for k, pair in enumerate(pairwise(parts)))
         if rank == len(ranks):
             return None
         parts[at : at + 2] = ["".join(parts[at : at + 2])]

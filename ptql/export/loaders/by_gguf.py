@@ -32,7 +32,7 @@ def load(folder: str) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any
 
 
 def _read_the_rest(config: Any, reader: GGUFReader, tensors: dict[str, np.ndarray]) -> None:
-    """What transformers does not look for in the file: biases that are options, scaled positions, heads of other sizes."""
+    """What transformers does not look for in the file: optional biases, scaled positions, heads of other sizes."""
     config.attention_bias = "blk.0.attn_output.bias" in tensors
     config.mlp_bias = "blk.0.ffn_up.bias" in tensors
     arch = config.model_type

@@ -15,12 +15,14 @@ FILE = "model.gguf"
 def load(folder: str) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
     """A function from token ids [tokens] to logits [tokens, vocabulary], in float32, and what loaded it."""
     _leave_out_amx()
-    model: Llama | None = None
+    sizes: dict[int, Llama] = {}
 
     def logits(ids: np.ndarray) -> np.ndarray:
-        nonlocal model
-        if model is None or model.n_ctx() < len(ids):
-            model = Llama(f"{folder}/{FILE}", n_ctx=len(ids), n_batch=len(ids), logits_all=True, verbose=False)
+        if len(ids) not in sizes:
+            sizes[len(ids)] = Llama(
+                f"{folder}/{FILE}", n_ctx=len(ids), n_batch=len(ids), logits_all=True, verbose=False
+            )
+        model = sizes[len(ids)]
         model.reset()
         model.eval(ids.tolist())
         return np.array(model.scores[: len(ids)], np.float32)
