@@ -13,8 +13,8 @@ Pair = tuple[str, str]
 def spm_scores(vocab: Mapping[str, int], merges: Sequence[Pair], whole: Set[str]) -> dict[str, float]:
     """A score for each token that merges make: the higher, the earlier it is made.
 
-    Merges say which pairs are joined, and in which order. llama.cpp joins any neighbours that make a token, the best score
-    first. Both do the same if each token comes from one last pair, that which its own text gives (no
+    Merges say which pairs are joined, and in which order. llama.cpp joins any neighbours that make a token, those with
+    the highest score first. Both do the same if each token comes from one last pair, that which its own text gives (no
     other pair of its parts ever stands side by side then), and is scored by that pair's place in the list; or if all
     pairs that make it are in the list.
 
