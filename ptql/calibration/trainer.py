@@ -508,6 +508,7 @@ class BlockTrainer(Trainer):
         text: str = "pydoc",
         windows: int = 4,
         length: int = 512,
+        widen: bool = False,
     ) -> None:
         """Write a finished model in the format of another runtime, which must load it and give our logits.
 
@@ -521,13 +522,14 @@ class BlockTrainer(Trainer):
             text: What it is compared on.
             windows: How many windows of it.
             length: Tokens of a window.
+            widen: Of gguf: formats that it has no type for are stored with wider codes, as exact, but larger.
         """
         if self.world_size > 1:
             raise InputError(f"devices={self.world_size}: export is one process; leave --trainer.devices at 1")
         check_eval_options(model, datamodule, "export")
         self.strategy.setup_environment()
         sample = Sample(text, windows, length) if check else None
-        export(run, model.source, format, out, dtype, sample, self.strategy.root_device, python)
+        export(run, model.source, format, out, dtype, sample, self.strategy.root_device, python, widen)
 
     def _precision_of_products(self, model: QuantLM) -> None:
         if self.strategy.root_device.type == "cuda":

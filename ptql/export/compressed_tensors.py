@@ -38,7 +38,7 @@ class CompressedTensors(DirectoryTarget):
     """
 
     name = "compressed-tensors"
-    loader = Loader("by_transformers.py", "compressed_tensors", "pip install 'ptql[export]'")
+    loaders = (Loader("by_transformers.py", "compressed_tensors", "pip install 'ptql[export]'"),)
 
     def check(self, model: Checkpoint) -> None:
         fmt = packed_format(model)

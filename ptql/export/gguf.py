@@ -42,7 +42,10 @@ class Gguf(Target):
     """
 
     name = "gguf"
-    loader = Loader("by_gguf.py", "gguf", "pip install gguf")
+    loaders = (
+        Loader("by_llama_cpp.py", "llama_cpp", "pip install llama-cpp-python", exact=False),
+        Loader("by_gguf.py", "gguf", "pip install gguf"),
+    )
 
     def __init__(self, dtype: torch.dtype = torch.float16, widen: bool = False) -> None:
         super().__init__(dtype)

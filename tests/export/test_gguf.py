@@ -18,7 +18,7 @@ from ptql.checkpoint import Checkpoint
 from ptql.errors import InputError
 from ptql.export.gguf import FILE, Gguf
 from ptql.export.loaders import by_gguf
-from ptql.export.reload import _ours
+from ptql.export.reload import ours
 from ptql.recipe import ActivationScheme, IntScheme
 from tests.export.gguf_models import CONFIGS, INT4, TEXT, byte_level, llama, packed_model, sentence_piece, source_model
 from tests.models import gemma2_config, some_ids
@@ -44,10 +44,10 @@ def written(model: Checkpoint, folder: Path, dtype: torch.dtype = torch.float32,
 def off(model: Checkpoint, folder: Path) -> float:
     """The largest difference of a logit, as a share of their spread."""
     ids = some_ids(1, 60)
-    _, ours = _ours(model, ids, torch.device("cpu"))
+    _, wanted = ours(model, ids, torch.device("cpu"), torch.float32)
     load, _ = by_gguf.load(str(folder))
     theirs = load(ids[0].numpy())
-    return float(np.abs(theirs - ours.numpy()).max() / ours.std().item())
+    return float(np.abs(theirs - wanted.numpy()).max() / wanted.std().item())
 
 
 def types(folder: Path) -> dict[str, str]:
@@ -203,7 +203,7 @@ def test_embeddings_beyond_float16(tmp_path: Path) -> None:
 
 
 def test_a_biased_head_of_qwen3(tmp_path: Path) -> None:
-    settings = CONFIGS["qwen3"].to_dict() | {"attention_bias": True}
+    settings: dict[str, Any] = CONFIGS["qwen3"].to_dict() | {"attention_bias": True}
     source = source_model(tmp_path / "source", type(CONFIGS["qwen3"])(**settings), byte_level())
     assert "self_attn.o_proj.bias: qwen3" in refusal(packed_model(source, tmp_path))
 
