@@ -57,6 +57,11 @@ class RecordedRun:
         if not isinstance(identity, dict):
             raise InputError(f"{manifest}: damaged, it does not say what the run was made from; restore the file")
         model = _recipe(directory / CONFIG)
+        if model.watches:
+            raise InputError(
+                f"{directory / CONFIG}: its blocks sort channels by what is not kept of them, so none can learn again; "
+                "measure the run without adaptation"
+            )
         source = Checkpoint(resolve(source_of(directory)))
         model.take_salience(source)
         if change := difference(identity.get("recipe"), json.loads(json.dumps(model.identity()))):

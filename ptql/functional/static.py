@@ -54,8 +54,8 @@ def fake_quantize_channels(
 
 def round_probabilities(shares: Float[Tensor, "*rows keys"], bits: int) -> Float[Tensor, "*rows keys"]:
     """Softmax outputs on 2^bits evenly spaced values from 0 to 1; rounding counts as the identity for the gradient."""
-    top = 2**bits - 1
-    rounded = (shares.float() * top).round() / top
+    top, wide = 2**bits - 1, shares if shares.dtype == torch.float64 else shares.float()
+    rounded = (wide * top).round() / top
     return shares + (rounded.to(shares.dtype) - shares).detach()
 
 
