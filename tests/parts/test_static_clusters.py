@@ -18,7 +18,9 @@ from tests.models import CONFIGS, blocks_of
 EVERY = ("qkv", "out", "fc1", "fc2", "q", "k", "v")
 
 
-def scheme_of(name: str, activation: ActivationScheme, clusters: dict[str, int], **settings: Any) -> StaticScheme | None:
+def scheme_of(
+    name: str, activation: ActivationScheme, clusters: dict[str, int], **settings: Any
+) -> StaticScheme | None:
     config = CONFIGS[name]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -89,7 +91,8 @@ def test_bits_that_are_none(bits: dict[str, int], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "message"), [((1, 1, 4, 1), "bits=1"), ((4, 0, 4, 1), "rows=0"), ((4, 1, 4, 300), "clusters=300: 1 to 256")]
+    ("numbers", "message"),
+    [((1, 1, 4, 1), "bits=1"), ((4, 0, 4, 1), "rows=0"), ((4, 1, 4, 300), "clusters=300: 1 to 256")],
 )
 def test_sites_that_are_none(numbers: tuple[int, int, int, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
