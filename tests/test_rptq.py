@@ -16,9 +16,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import ptql
+from ptql.calibration.activations import Streams
 from ptql.calibration.quant_lm import QuantLM
 from ptql.checkpoint import SINGLE, Checkpoint
 from ptql.cli import main
+from ptql.engine.graph import signature
+from ptql.engine.step import StepSettings
 from ptql.errors import InputError
 from ptql.formats.ptql import PackedFormat
 from ptql.nn.static_rounding import GRIDS
@@ -188,6 +191,19 @@ def test_smoothing_and_clipping_learn_with_the_grids(runs: Runs) -> None:
     blocks = json.loads((runs("llama", "learned") / "run/ledger/manifest.json").read_text())["blocks"]
     assert all(block["loss"] <= block["loss_start"] for block in blocks.values())
     assert any(block["loss"] < block["loss_start"] for block in blocks.values())
+
+
+def test_what_is_captured_of_a_block_serves_the_next(runs: Runs) -> None:
+    source, model = Checkpoint(runs("llama", "learned") / "source"), recipe_of("learned")
+    streams, signatures = Streams(source.shell(), some_ids(), 3, torch.device("cpu")), []
+    for index in range(2):
+        block = source.block(index)
+        ranges = streams.teach(block, source.layout, ("fp",))
+        sites = streams.watch(block, source.layout)
+        task = model.block_task(index, model.student(block, source), source, ranges, streams.context, sites=sites)
+        signatures.append(signature(task, task.configure_optimizers(), StepSettings()))
+        streams.advance(streams.fp)
+    assert signatures[0] == signatures[1]
 
 
 def test_steps_in_pieces_learn_the_same(runs: Runs, tmp_path: Path) -> None:
