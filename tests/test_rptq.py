@@ -48,6 +48,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "papers": ("-c", "schemes/w4a4_rptq", *PLAIN, "--model.activation_quantizer.ranges", "mse"),
     "cache": ("-c", "schemes/w4a16", *PLAIN, "--model.activation.kv_bits", "3"),
     "learned": ("-c", "schemes/w4a4", *LEARNED),
+    "grids": ("-c", "schemes/w4a4", "--model.transforms", "[]"),
 }
 FEW = ("--data.length", "16", "--data.samples", "6", "--data.batch_size", "2", "--trainer.accelerator", "cpu")
 Runs = Callable[[str, str], Path]
@@ -87,7 +88,10 @@ def recipe_of(kind: str) -> QuantLM:
     return QuantLM(
         weight=IntScheme(4),
         activation=ActivationScheme(16, kv_bits=3) if kind == "cache" else ActivationScheme(4),
-        transforms=[Permute(clusters=CLUSTERS), *([Smooth()] if kind == "learned" else [])],
+        transforms=[
+            *([Permute(clusters=CLUSTERS)] if kind != "grids" else []),
+            *([Smooth()] if kind == "learned" else []),
+        ],
         weight_quantizer=Affine(clip=kind == "learned"),
         activation_quantizer=StaticClusters("mse" if kind == "papers" else "ema", bits),
     )
@@ -258,11 +262,12 @@ def test_two_of_a_kind() -> None:
 
 
 def test_adaptation(runs: Runs, tmp_path: Path) -> None:
-    folder = runs("llama", "learned")
     given = texts(tmp_path, "mine")
-    with pytest.raises(InputError, match="its blocks sort channels by what is not kept of them"):
-        evaluated(folder / "run", given, TestTimeAdaptation())
-    assert ptql.evaluate(folder / "run", text=given, length=16, accelerator="cpu")["ppl"]["mine"] > 1
+    for kind in ("learned", "grids"):
+        run = runs("llama", kind) / "run"
+        with pytest.raises(InputError, match=r"its blocks sort channels or have fixed grids.*without adaptation"):
+            evaluated(run, given, TestTimeAdaptation())
+        assert ptql.evaluate(run, text=given, length=16, accelerator="cpu")["ppl"]["mine"] > 1
 
 
 # A real model

@@ -57,11 +57,6 @@ class RecordedRun:
         if not isinstance(identity, dict):
             raise InputError(f"{manifest}: damaged, it does not say what the run was made from; restore the file")
         model = _recipe(directory / CONFIG)
-        if model.watches:
-            raise InputError(
-                f"{directory / CONFIG}: its blocks sort channels by what is not kept of them, so none can learn again; "
-                "measure the run without adaptation"
-            )
         source = Checkpoint(resolve(source_of(directory)))
         model.take_salience(source)
         if change := difference(identity.get("recipe"), json.loads(json.dumps(model.identity()))):
@@ -73,6 +68,11 @@ class RecordedRun:
         if source.fingerprint() != identity.get("source"):
             raise InputError(f"{source.directory}: not the weights that {directory} was made from; restore them")
         packed = Checkpoint(directory / MODEL)
+        if packed.packed is not None and (packed.packed.gathered_norms or packed.packed.static is not None):
+            raise InputError(
+                f"{directory}: its blocks sort channels or have fixed grids, and how these were found is not kept, so "
+                "none can learn again; measure the run without adaptation"
+            )
         if packed.packed is not None:
             model.layer_schemes = packed.packed.schemes
         return cls(directory, model, source, packed, Ledger(directory, identity))

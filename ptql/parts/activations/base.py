@@ -38,7 +38,8 @@ class ActivationQuantizer(ABC):
     def static_scheme(
         self, block: nn.Module, layout: BlockLayout, scheme: ActivationScheme, clusters: Mapping[str, int]
     ) -> StaticScheme | None:
-        """What is rounded on fixed grids in a block, instead of the above; None where nothing is.
+        """What is rounded on fixed grids in a block, instead of the above; None where nothing is. Who finds them asks a
+        `StaticClusters`, or a class of its kind, how.
 
         Args:
             block: One of the model, for its shapes.

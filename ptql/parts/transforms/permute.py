@@ -15,7 +15,7 @@ from ptql.errors import InputError
 from ptql.families import AttentionSites, BlockLayout, Rows
 from ptql.functional.clustering import channel_order, cluster_labels, with_even_sizes
 from ptql.parts.transforms.base import BlockFacts, Transform, TransformState, Weights
-from ptql.recipe import MOST_CLUSTERS, ActivationScheme, IntScheme
+from ptql.recipe import MOST_CLUSTERS, UNQUANTISED, ActivationScheme, IntScheme
 
 Site = Literal["qkv", "qkt", "out", "fc1", "fc2"]
 SITES: tuple[Site, ...] = get_args(Site)
@@ -66,7 +66,7 @@ class Permute(Transform):
         self.restarts = restarts
 
     def applies(self, weight: IntScheme, activation: ActivationScheme) -> bool:
-        return activation.quantised or activation.cache_bits < 16
+        return activation.quantised or activation.cache_bits < UNQUANTISED
 
     def gathered_norms(self, layout: BlockLayout) -> frozenset[str]:
         norms = {site.name: site.norm for site in layout.norms}
