@@ -18,6 +18,7 @@ from ptql.engine.step import CaptureError, Step, plain_groups
 from ptql.functional.scaled import Scaled, multiplied_out
 from ptql.nn.attention_probe import AttentionProbe, made_by
 from ptql.nn.quant_linear import QuantLinear
+from ptql.nn.static_rounding import grid_tensors
 from ptql.nn.student import weights_of
 from ptql.parts.objectives import Objective, all_terms, total
 from ptql.parts.transforms import TransformState, Weights
@@ -134,7 +135,7 @@ class BlockTask(LightningModule):
 
     @torch.no_grad()
     def encode(self) -> dict[str, Tensor]:
-        """What is stored of the block: packed matrices, and everything else as folded, by name in the block.
+        """What is stored of the block: packed matrices, grids, and everything else as folded, by name in the block.
 
         Matrices are multiplied out as the engine did while learning, and where it leaves that to kernels, one by one.
         """
@@ -142,7 +143,7 @@ class BlockTask(LightningModule):
         for name, quantizer in self._by_linear():
             packed = quantizer.encode(multiplied_out(stored.pop(f"{name}.weight")))
             stored |= {f"{name}.{part}": tensor for part, tensor in packed.items()}
-        tensors = {name: multiplied_out(weight) for name, weight in stored.items()}
+        tensors = {name: multiplied_out(weight) for name, weight in stored.items()} | grid_tensors(self.student)
         return {name: tensor.to(self._stored_dtype(name, tensor)) for name, tensor in tensors.items()}
 
     def _stored_dtype(self, name: str, tensor: Tensor) -> torch.dtype:

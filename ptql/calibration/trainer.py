@@ -42,6 +42,7 @@ from ptql.calibration.preparation import (
 from ptql.calibration.quant_lm import QuantLM
 from ptql.calibration.ranks import Ranks, host_group
 from ptql.calibration.run_logger import RunLogger
+from ptql.calibration.static_ranges import find_grids
 from ptql.calibration.stopping import Stopped, StopSignals, tell_children, tell_children_no_more
 from ptql.calibration.trainer_options import check_options
 from ptql.calibration.usual_callbacks import with_usual_callbacks
@@ -337,12 +338,14 @@ class BlockTrainer(Trainer):
                 f"{source.directory}: block {self.block} gives numbers that are not finite; its weights are damaged: "
                 "fetch the model again"
             )
+        sites = streams.watch(block, source.layout) if model.watches and found is None else None
         student = model.student(block, source)  # the same module, changed in place
-        task = model.block_task(self.block, student, source, ranges, streams.context, begin=found is None)
+        task = model.block_task(self.block, student, source, ranges, streams.context, begin=found is None, sites=sites)
         if found is not None:
             stored = {name: tensor.to(device) for name, tensor in found.stored.items()}
             streams.advance(streams.output(task.student, task.decode(stored)))
             return found
+        find_grids(task, streams, source.layout, model.activation_quantizer)
         self._notify("on_block_start", task)
         learning = time.monotonic()
         if task.initial and self.max_epochs:

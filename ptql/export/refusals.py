@@ -45,8 +45,18 @@ def refuse_additions(model: Checkpoint, target: str) -> None:
 
 
 def refuse_attention(model: Checkpoint, target: str) -> None:
-    """Rounded queries, keys and values."""
+    """Rounded queries, keys and values, fixed grids, and norms that reorder channels."""
     fmt = packed_format(model)
+    if fmt.static is not None:
+        raise InputError(
+            f"{target} can't say that activations are on fixed grids of clusters; fit with -c presets/served after the "
+            "method, which rounds each token by its own range"
+        )
+    if fmt.gathered_norms:
+        raise InputError(
+            f"{target} has no norms that reorder channels, as {fmt.gathered_norms[0]} does; fit without the transform "
+            "Permute, or with its sites [qkt, out, fc2] alone"
+        )
     if fmt.rounds_attention:
         raise InputError(
             f"{target} can't say that queries, keys or values are rounded (to {fmt.query_bits} and {fmt.cache_bits} "

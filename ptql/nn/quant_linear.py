@@ -141,3 +141,25 @@ class ShiftedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x) + self.bias
+
+
+ORDER = "order"
+"""The buffer of a norm that says which channel comes where, int32 [hidden]."""
+
+
+def gather_inputs(norm: nn.Module) -> None:
+    """Let `norm`, in place, read its input's channels in the order of a buffer, at first as they are.
+
+    A norm's statistics do not depend on an order, so one whose weight and bias are in the same order gives its old
+    output in that order, and what is folded into it still meets the columns that read it. It is a hook rather than
+    a stand-in, as the names of weight and bias would change with one.
+    """
+    weight = next(norm.parameters())
+    norm.register_buffer(ORDER, torch.arange(weight.shape[0], dtype=torch.int32, device=weight.device))
+    norm.register_forward_pre_hook(_gather)
+
+
+def _gather(norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    order = norm.order
+    assert isinstance(order, Tensor)
+    return (args[0].index_select(-1, order), *args[1:])
