@@ -17,7 +17,7 @@ from ptql.calibration.statistics import observe_inputs
 from ptql.calibration.stream_store import StreamStore
 from ptql.families import BlockLayout
 from ptql.nn.attention_probe import AttentionProbe, made_by, watched_attention
-from ptql.nn.student import run_block
+from ptql.nn.student import call_block, run_block
 from ptql.nn.transfer import Writer, batches_on
 from ptql.parts.inputs import InputRange
 from ptql.parts.objectives import ATTENTION, AttentionView, Target
@@ -203,6 +203,12 @@ class Streams:
                     writer.put(index * self._at_once, made["output"])
                 parts = {name: tensor.split(self.batch_size) for name, tensor in {**batch, **made}.items()}
                 yield from (dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True))
+
+    @torch.no_grad()
+    def show(self, student: nn.Module, weights: Weights) -> None:
+        """Run the quantised stream through the block for what hooks in it see; what comes out is dropped."""
+        for batch in batches_on(self.device, {"input": self.quantised}, self._at_once, torch.float32):
+            call_block(student, batch["input"], self.context, weights)
 
     def empty(self) -> Tensor:
         """Room for a stream."""
