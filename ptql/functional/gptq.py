@@ -40,7 +40,7 @@ def add_products(total: Float[Tensor, "in in"], x: Float[Tensor, "n in"]) -> Non
 
 
 def inverse_factor(moments: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
-    """Upper triangular U with U^T U the inverse of `moments`, to whose diagonal `damping` times its mean is added.
+    """Upper triangular U with U^T U the inverse of `moments`, of which the diagonal's mean is 1, plus `damping` on it.
 
     Where that is not positive definite in the given dtype, the damping is raised tenfold, up to five times. What has
     no factor then holds no finite numbers, or nothing but zeros: the identity is given, which feeds nothing back, so
@@ -52,8 +52,8 @@ def inverse_factor(moments: Float[Tensor, "in in"], damping: float) -> Float[Ten
     identity = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
     level = moments.diagonal().mean()
     for attempt in range(TRIES):
-        damped = moments.flip(0, 1)
-        damped.diagonal().add_(level * damping * 10**attempt)
+        damped = moments.flip(0, 1).div_(level)
+        damped.diagonal().add_(damping * 10**attempt)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
