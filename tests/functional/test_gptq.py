@@ -1,4 +1,4 @@
-"""GPTQ against optimal brain quantisation by hand: one column at a time, the inverse updated in plain sight, float64."""
+"""GPTQ against optimal brain quantisation by hand: a column at a time, the inverse updated in plain sight, float64."""
 
 from __future__ import annotations
 
@@ -240,9 +240,11 @@ def test_the_precision_of_products_is_given_back() -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        with pytest.raises(ZeroDivisionError), gptq.float32_products():
+        with gptq.float32_products():
             assert torch.get_float32_matmul_precision() == "highest"
-            raise ZeroDivisionError
+        assert torch.get_float32_matmul_precision() == "high"
+        with pytest.raises(ZeroDivisionError), gptq.float32_products():
+            print(1 // 0)
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ptql.errors import InputError, check_number
+from ptql.errors import check_number
 from ptql.functional import affine, gptq
 from ptql.functional.factored import factor
 from ptql.nn.packed_linear import packed_tensors, stored_half
@@ -51,8 +51,6 @@ class Gptq(Affine):
         super().__init__(clip, initial, lr, factor_rank)
         rule = f"a part of the diagonal's mean from {LEAST_DAMPING:g} to {MOST_DAMPING:g}; 0.01 is usual"
         check_number("damping", damping, LEAST_DAMPING, MOST_DAMPING, rule)
-        if type(act_order) is not bool:
-            raise InputError(f"act_order={act_order}: true or false is needed; leave it out for false")
         self.damping = damping
         self.act_order = act_order
 
