@@ -184,11 +184,11 @@ def test_gptq_takes_the_settings_of_any_method(
 ) -> None:
     """A class that has all that the other has keeps what was said of it."""
     file = tmp_path_factory.mktemp("mine") / "mine.yaml"
-    file.write_text("model: {weight_quantizer: {class_path: ptql.parts.weights.Gptq, init_args: {act_order: true}}}\n")
+    file.write_text("model: {weight_quantizer: {class_path: ptql.parts.weights.Gptq, init_args: {act_order: false}}}\n")
     one, _, _ = build(f"methods/{method}", "schemes/w3a16")
     two, _, _ = build(f"methods/{method}", "schemes/w3a16", str(file))
     assert type(two.weight_quantizer) is Gptq
-    own = {"damping": 0.01, "act_order": True}
+    own = {"damping": 0.01, "act_order": False}
     assert vars(two.weight_quantizer) == {**vars(one.weight_quantizer), **own}
 
 

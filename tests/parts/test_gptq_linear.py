@@ -102,10 +102,10 @@ def test_its_settings_reach_the_codes() -> None:
         assert torch.equal(made.decode(made.encode_on(w, moments)), affine.dequantize(*expected, 8, 16))
 
 
-def test_the_defaults_are_the_originals() -> None:
+def test_the_defaults_are_those_of_affine_and_the_usual_damping() -> None:
     part = Gptq()
     assert part.wants_moments
-    assert settings(part) == {"class": "Gptq", **vars(Affine()), "damping": 0.01, "act_order": False}
+    assert settings(part) == {"class": "Gptq", **vars(Affine()), "damping": 0.01, "act_order": True}
     assert not Affine.wants_moments
 
 

@@ -33,8 +33,8 @@ class Gptq(Affine):
         lr: Learning rate of the logits and of the factors.
         factor_rank: Learn a factor of this rank for each matrix, as in `Affine`; 0 for none.
         damping: Added to the diagonal of the inputs' second moments, in parts of its mean (the original's percdamp).
-        act_order: Round the columns with the largest inputs first. Scales stay those of neighbouring columns, so
-            that nothing else is stored and loaded models are no slower.
+        act_order: Round the columns with the largest inputs first (off in the original, if nothing is said). Scales
+            stay those of neighbouring columns, so that nothing else is stored and loaded models are no slower.
     """
 
     wants_moments = True
@@ -46,7 +46,7 @@ class Gptq(Affine):
         lr: float = 1e-2,
         factor_rank: int = 0,
         damping: float = 0.01,
-        act_order: bool = False,
+        act_order: bool = True,
     ) -> None:
         super().__init__(clip, initial, lr, factor_rank)
         rule = f"a part of the diagonal's mean from {LEAST_DAMPING:g} to {MOST_DAMPING:g}; 0.01 is usual"
