@@ -17,7 +17,7 @@ from ptql.cli import main
 from ptql.parts.activations import DynamicTokens, StaticClusters
 from ptql.parts.objectives import DistributionCorrection, Reconstruction
 from ptql.parts.transforms import Compensate, Permute, Smooth
-from ptql.parts.weights import Affine, SalientBinary
+from ptql.parts.weights import Affine, Gptq, SalientBinary
 from ptql.recipe import IntScheme
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -26,6 +26,7 @@ SCHEMES = sorted(path.stem for path in (CONFIGS / "schemes").glob("*.yaml"))
 STRATEGIES = sorted(path.stem for path in (CONFIGS / "strategies").glob("*.yaml"))
 OTHERS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 SMOOTHED = {"omniquant", "lrquant", "lrquant_plus", "lrquant_tokens"}
+NOTHING_LEARNED = {"rtn", "gptq", "rptq"}
 CPU = ("--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
 Built = tuple[QuantLM, CalibrationData, BlockTrainer]
 
@@ -110,7 +111,8 @@ def test_every_method_with_every_scheme(build: Any, method: str, scheme: str) ->
     assert model.activation.bits == activation
     assert model.method == method
     assert isinstance(model.weight_quantizer, Affine)
-    assert model.weight_quantizer.clip == (method not in ("rtn", "rptq"))
+    assert model.weight_quantizer.clip == (method not in NOTHING_LEARNED)
+    assert isinstance(model.weight_quantizer, Gptq) == (method == "gptq")
     smoothed = method in SMOOTHED and activation < 16
     transforms = [Smooth, Compensate] if method == "abq" else [Smooth] * smoothed
     if method == "rptq":
@@ -118,7 +120,7 @@ def test_every_method_with_every_scheme(build: Any, method: str, scheme: str) ->
     static = method == "rptq" or scheme.endswith("_rptq")
     assert isinstance(model.activation_quantizer, StaticClusters if static else DynamicTokens)
     assert [type(transform) for transform in model.transforms] == transforms
-    assert trainer.max_epochs == (0 if method in ("rtn", "rptq") else 20)
+    assert trainer.max_epochs == (0 if method in NOTHING_LEARNED else 20)
     json.dumps(model.identity())  # what a run is recognised by
 
 
@@ -192,13 +194,27 @@ def test_ptq161_takes_no_other_format(build: Any, capsys: pytest.CaptureFixture[
     assert "salient=0.2 with bits=4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"rtn", "rptq", "ptq161"}))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - NOTHING_LEARNED - {"ptq161"}))
 def test_low_bits_change_where_clipping_begins_and_nothing_else(build: Any, method: str) -> None:
     one, _, _ = build(f"methods/{method}", "schemes/w3a16")
     two, _, _ = build(f"methods/{method}", "schemes/w3a16", "presets/low_bits")
     assert one.identity()["weight_quantizer"]["initial"] == 4.0
     one.weight_quantizer.initial = "search"
     assert two.identity() == one.identity()
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"ptq161"}))
+def test_gptq_takes_the_settings_of_any_method(
+    build: Any, method: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A class that has all that the other has keeps what was said of it."""
+    file = tmp_path_factory.mktemp("mine") / "mine.yaml"
+    file.write_text("model: {weight_quantizer: {class_path: ptql.parts.weights.Gptq, init_args: {act_order: false}}}\n")
+    one, _, _ = build(f"methods/{method}", "schemes/w3a16")
+    two, _, _ = build(f"methods/{method}", "schemes/w3a16", str(file))
+    assert type(two.weight_quantizer) is Gptq
+    own = {"damping": 0.01, "act_order": False}
+    assert vars(two.weight_quantizer) == {**vars(one.weight_quantizer), **own}
 
 
 def test_the_order_of_files_does_not_matter_where_they_do_not_overlap(build: Any) -> None:

@@ -179,22 +179,19 @@ class Streams:
         """What all samples of the quantised stream, of all processes, show at the sites of a block that rounds nothing;
         `weights` in place of its own."""
         observer = SiteObserver()
-        self.show(block, layout, observer.see, weights)
+        self.show_sites(block, layout, observer.see, weights)
         return observer.ranges(self.ranks)
 
-    @torch.no_grad()
-    def show(
+    def show_sites(
         self,
         block: nn.Module,
         layout: BlockLayout,
         see: Callable[[str, Tensor], None],
         weights: Weights | None = None,
     ) -> None:
-        """Run a block on the quantised stream for what it shows on the way (`watched_sites`); its output is let go."""
-        batches = batches_on(self.device, {"input": self.quantised}, self._at_once, torch.float32)
+        """Run a block on the quantised stream for what it shows on the way (`watched_sites`)."""
         with watched_sites(block, layout, self.quantised.shape[1], see):
-            for batch in batches:
-                call_block(block, batch["input"], self.context, weights)
+            self.show(block, weights)
 
     def finite(self) -> bool:
         """Whether the full-precision block in every process gave numbers only: no nan, no infinity."""
@@ -225,6 +222,12 @@ class Streams:
                     writer.put(index * self._at_once, made["output"])
                 parts = {name: tensor.split(self.batch_size) for name, tensor in {**batch, **made}.items()}
                 yield from (dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True))
+
+    @torch.no_grad()
+    def show(self, block: nn.Module, weights: Weights | None = None) -> None:
+        """Run a block on the quantised stream for what hooks in it see; its output is let go."""
+        for batch in batches_on(self.device, {"input": self.quantised}, self._at_once, torch.float32):
+            call_block(block, batch["input"], self.context, weights)
 
     def empty(self) -> Tensor:
         """Room for a stream."""

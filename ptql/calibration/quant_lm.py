@@ -268,6 +268,7 @@ class QuantLM(LightningModule):
             source.dtype(),
             self.engine,
             attach_probe(student, source.layout, compares.attention),
+            self.weight_quantizer.wants_moments,
         )
         device = next(student.parameters()).device
         if self.engine.kernels(device):

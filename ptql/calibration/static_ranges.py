@@ -49,7 +49,7 @@ def find_grids(task: BlockTask, streams: Streams, layout: BlockLayout, quantizer
                 found = range_errors(x, *ranges[site], labels[site], grids[site].site.bits, quantizer.faithful)
                 errors[site] = errors[site] + found if site in errors else found
 
-        streams.show(task.student, layout, add, weights)
+        streams.show_sites(task.student, layout, add, weights)
         shares = torch.tensor(SHARES, device=streams.device)
         for site, found in errors.items():
             share = shares[streams.ranks.mean(found).argmin(0)]

@@ -38,6 +38,10 @@ class SharedRounding:
             self._input = self._rounded = None
         return rounded
 
+    def apart(self, x: Tensor) -> Tensor:
+        """The same for one who only looks on, and is none of the readers."""
+        return self._rounding(x)
+
 
 class MergedProduct:
     """One matrix product for all linear layers that read the same input, called one after the other with it.
@@ -112,6 +116,12 @@ class QuantLinear(nn.Module):
     @property
     def out_features(self) -> int:
         return self.weight.shape[0]
+
+    def multiplied(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with where the input is `x`, for one who looks on."""
+        if isinstance(self.rounding, SharedRounding):
+            return self.rounding.apart(x)
+        return x if self.rounding is None else self.rounding(x)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.signed is not None and self.signed.on:
