@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from ptql.families import BlockLayout
@@ -72,12 +73,39 @@ class PtqlQuantizer(HfQuantizer):
             attention.register()
             model.set_attn_implementation(attention.NAME)
 
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """`model.dequantize()`: the architecture's own model on unpacked weights, which can be merged with LoRA and saved.
+
+        Raises:
+            InputError: The model has what its architecture has no place for.
+        """
+        from torch import nn
+
+        from ptql.errors import InputError
+        from ptql.nn.packed_linear import Packed
+
+        fmt = self.quantization_config.format
+        if fmt.activation.quantised or fmt.rounds_attention or fmt.shifted_norms or fmt.added_biases:
+            raise InputError(
+                "dequantize: rounded activations and the biases of learned shifts have no place in the model's own "
+                "architecture; keep it packed, or unpack its blocks in place: `ptql.formats.ptql.unpack_block(model)`"
+            )
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, Packed):
+                dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
+                dense.weight = nn.Parameter(layer.dense_weight().to(dtype))
+                dense.bias = layer.bias
+                model.set_submodule(name, dense)
+        return model
+
     def is_serializable(self) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """What stands beside the packed layers, LoRA say, can learn: gradients pass through them, and through rounding
+        as through the identity. The codes have none."""
+        return True
 
 
 def _loses_caps(model: PreTrainedModel) -> bool:

@@ -183,10 +183,9 @@ def prepare_block(block: nn.Module, fmt: PackedFormat, index: int) -> None:
             linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
         scheme = fmt.schemes.of(index, name)
         if scheme.quantised:
-            new: nn.Module = _packed(linear, scheme, rounding, fmt.factor_rank)
-        else:
-            new = QuantLinear(linear.weight, linear.bias, rounding)
-        block.set_submodule(name, new)
+            block.set_submodule(name, _packed(linear, scheme, rounding, fmt.factor_rank))
+        elif rounding is not None:
+            block.set_submodule(name, QuantLinear(linear.weight, linear.bias, rounding))
     for name in fmt.shifted_norms:
         block.set_submodule(name, ShiftedNorm(_module(block, name)))
     for name in fmt.gathered_norms:

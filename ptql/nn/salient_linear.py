@@ -69,7 +69,7 @@ def dense_from_salient(
 class SalientLinear(Packed):
     """A linear layer on signs and codes, which are unpacked at every call: small, not fast.
 
-    Buffers, the float16 ones as int16, their bits: `signs` uint8 [out, ceil(n / 8)], `gain` and `mean` [out, 1],
+    Tensors, the float16 ones as int16, their bits: `signs` uint8 [out, ceil(n / 8)], `gain` and `mean` [out, 1],
     `columns` [1, n]: of channels that are not salient, in their order. Of salient channels, None where there are none:
     `mask` uint8 [1, ceil(in / 8)] says which they are, `codes` uint8 [out, ceil(s * bits / 8)], `scale` [out, 1],
     `zero` uint8 [1, ceil(out * bits / 8)]. They are zero until a checkpoint is loaded.
@@ -80,7 +80,7 @@ class SalientLinear(Packed):
         scheme: Format of the weight, with `salient`.
         bias: Whether there is a bias, a float parameter.
         rounding: Applied to the input, or None.
-        device: Of buffers and bias.
+        device: Of all tensors.
         dtype: Of the bias.
     """
 
@@ -101,14 +101,14 @@ class SalientLinear(Packed):
         def zeros(rows: int, columns: int, kind: torch.dtype = torch.uint8) -> Tensor:
             return torch.zeros(rows, columns, dtype=kind, device=device)
 
-        self.register_buffer("signs", zeros(out_features, packed_bytes(others, 1)))
-        self.register_buffer("gain", zeros(out_features, 1, STORED_HALF))
-        self.register_buffer("mean", zeros(out_features, 1, STORED_HALF))
-        self.register_buffer("columns", zeros(1, others, STORED_HALF))
-        self.register_buffer("mask", zeros(1, packed_bytes(in_features, 1)) if few else None)
-        self.register_buffer("codes", zeros(out_features, packed_bytes(few, bits)) if few else None)
-        self.register_buffer("scale", zeros(out_features, 1, STORED_HALF) if few else None)
-        self.register_buffer("zero", zeros(1, packed_bytes(out_features, bits)) if few else None)
+        self.hold("signs", zeros(out_features, packed_bytes(others, 1)))
+        self.hold("gain", zeros(out_features, 1, STORED_HALF))
+        self.hold("mean", zeros(out_features, 1, STORED_HALF))
+        self.hold("columns", zeros(1, others, STORED_HALF))
+        self.hold("mask", zeros(1, packed_bytes(in_features, 1)) if few else None)
+        self.hold("codes", zeros(out_features, packed_bytes(few, bits)) if few else None)
+        self.hold("scale", zeros(out_features, 1, STORED_HALF) if few else None)
+        self.hold("zero", zeros(1, packed_bytes(out_features, bits)) if few else None)
 
     def dense_weight(self) -> Float[Tensor, "out in"]:
-        return dense_from_salient(dict(self.named_buffers()), self.in_features, self.scheme)
+        return dense_from_salient(dict(self.named_parameters()), self.in_features, self.scheme)

@@ -313,7 +313,7 @@ def test_unpacked_blocks_compute_the_same(tmp_path: Path) -> None:
 def test_what_the_quantizer_says_of_itself(tmp_path: Path) -> None:
     model = load(write_packed(tmp_path / "model", LLAMA, packed_format(LLAMA)))
     assert model.hf_quantizer.is_serializable()
-    assert not model.hf_quantizer.is_trainable
+    assert model.hf_quantizer.is_trainable
     assert model.quantization_method == "ptql"
     with pytest.raises(ValueError, match="pre-quantized"):
         hf.PtqlQuantizer(hf.PtqlConfig(**packed_format(LLAMA).to_dict()), pre_quantized=False)
