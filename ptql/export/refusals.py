@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 
 import torch
 
@@ -39,8 +40,8 @@ def refuse_additions(model: Checkpoint, target: str) -> None:
     fmt = packed_format(model)
     if added := [*fmt.shifted_norms, *fmt.added_biases]:
         raise InputError(
-            f"{target} has no place for the biases that learned shifts give to {', '.join(added)}; fit without them: "
-            "--model.transforms.shift biased, or -c presets/served"
+            f"{target} has no place for the biases that learned shifts give to {', '.join(added)}; fit with "
+            "--model.transforms.shift biased"
         )
 
 
@@ -96,14 +97,12 @@ def refuse_inexact_scales(model: Checkpoint, target: str, dtype: torch.dtype) ->
 
 
 def refuse_short_groups(model: Checkpoint, target: str) -> None:
-    """Rows whose last group is shorter."""
+    """Rows whose last group, or only one, is shorter."""
+    common = gcd(*(columns for _, _, columns in schemes(model)))
+    usual = [str(size) for size in (128, 64, 32, 16) if common % size == 0][:1]
     for name, scheme, columns in schemes(model):
-        if scheme.quantised and columns % scheme.columns(columns):
+        if scheme.quantised and scheme.group_size != -1 and columns % scheme.group_size:
             raise InputError(
                 f"{target} has groups of one size, and {columns} columns of {name} are no multiple of "
-                f"{scheme.group_size}; fit with --model.weight.group_size {_divisor(columns)}, or -1"
+                f"{scheme.group_size}; fit with --model.weight.group_size {' or '.join([*usual, '-1'])}"
             )
-
-
-def _divisor(columns: int) -> int:
-    return next((size for size in (128, 64, 32, 16) if columns % size == 0), -1)
