@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ptql.checkpoint import Checkpoint
 from ptql.cli import main
+from ptql.export import command
 from tests.models import VOCABULARY, llama_config
 from tests.words import save_source, save_text
 
@@ -33,6 +34,8 @@ def save_exact_source(folder: Path, config: PretrainedConfig | None = None) -> P
         for parameter in model.parameters():
             parameter.mul_(64).round_().clamp_(-255, 255).div_(64)
     model.save_pretrained(source)
+    file = source / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "bos_token": "w62"}))  # Gemma's windows begin with it
     save_text(folder / "words.txt")
     return source
 
@@ -56,10 +59,9 @@ def export(run: Path, out: Path, *options: str) -> int:
     return main(["export", "--run", str(run), "--out", str(out), *CPU, *options])
 
 
-def exported(run: Path, out: Path, *options: str) -> Path:
-    """An export that was not read back."""
-    assert export(run, out, "--check", "false", *options) == 0
-    return out
+def exported(run: Path, out: Path, target: str = "compressed-tensors", dtype: str = "auto") -> Path:
+    """An export that was not read back; not by the command line, which takes longer to read than this to write."""
+    return command.export(str(run), None, target, str(out), dtype, None, torch.device("cpu"))
 
 
 def loaded(folder: Path) -> PreTrainedModel:
@@ -77,12 +79,12 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 @torch.no_grad()
-def plain_model(run: Path) -> PreTrainedModel:
-    """The source's class with our dense float32 weights in the place of its own."""
+def plain_model(run: Path, multiplied_in: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The source's class with our dense weights in the place of its own, in float32, rounded before to another dtype."""
     checkpoint = Checkpoint(run / "model")
     model = AutoModelForCausalLM.from_pretrained(run.parent / "source", dtype=torch.float32)
     for index, block in enumerate(model.get_submodule(checkpoint.family.blocks)):
-        block.load_state_dict(checkpoint.block(index).state_dict())
+        block.load_state_dict({k: t.to(multiplied_in).float() for k, t in checkpoint.block(index).state_dict().items()})
     return model.eval()
 
 

@@ -92,7 +92,7 @@ def test_three_bits_lie_across_words_as_described() -> None:
 def test_an_export_multiplied_out_is_our_model(tmp_path: Path, target: str, more: int, scheme: list[str]) -> None:
     save_exact_source(tmp_path)
     run = fit(tmp_path, "RUN", *RTN, *scheme, "--model.layers", '{"layers.1.mlp": 8, "layers.0.mlp.down_proj": 16}')
-    out = exported(run, tmp_path / "out", "--format", target)
+    out = exported(run, tmp_path / "out", target)
     stored, plain, packed = tensors(out), plain_model(run).state_dict(), Checkpoint(run / "model").packed
     assert packed is not None
     for index in range(2):
