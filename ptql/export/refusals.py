@@ -51,8 +51,8 @@ def refuse_attention(model: Checkpoint, target: str) -> None:
     if fmt.rounds_attention:
         raise InputError(
             f"{target} can't say that queries, keys or values are rounded (to {fmt.query_bits} and {fmt.cache_bits} "
-            "bits), so other logits would be served than were measured; fit with "
-            "--model.activation_quantizer.qkv false and no kv_bits, or -c presets/served"
+            "bits), so other logits would be served than were measured; fit with no kv_bits, and with "
+            "--model.activation_quantizer DynamicTokens --model.activation_quantizer.qkv false or -c presets/served"
         )
 
 
@@ -77,9 +77,11 @@ def refuse_kinds(model: Checkpoint, target: str) -> None:
         )
     for name, scheme, _ in schemes(model):
         if scheme.salient is not None or scheme.balanced:
-            what = "signs and salient channels" if scheme.salient is not None else f"{scheme.levels} levels"
+            what, method = f"{scheme.levels} levels", ""
+            if scheme.salient is not None:
+                what, method = "signs and salient channels", "another method than ptq161 and "
             raise InputError(
-                f"{target} has no codes of {what} ({name}); fit with -c schemes/w2a16g64 or wider, or use "
+                f"{target} has no codes of {what} ({name}); fit with {method}-c schemes/w2a16g64 or wider, or use "
                 "--format dense"
             )
 

@@ -20,9 +20,10 @@ CT = "compressed-tensors"
 UNCHECKED = ("--check", "false")
 W4A8 = (*RTN, "-c", "schemes/w4a8")
 SYMMETRIC = ("--model.weight.symmetric", "true", "--model.activation.symmetric", "true")
-ATTENTION = ("--model.activation_quantizer.qkv", "false")
+ATTENTION = ("--model.activation_quantizer", "DynamicTokens", "--model.activation_quantizer.qkv", "false")
 BF16 = ("--model.weight.scale_dtype", "bfloat16")
 LRQUANT = ("-c", "methods/lrquant", "-c", "schemes/w4a8", *SERVED, "--trainer.max_epochs", "0")
+PTQ161 = ("-c", "methods/ptq161", "-c", "schemes/w1.61a16", "--trainer.max_epochs", "0", "--trainer.callbacks", "null")
 Runs = Callable[..., Path]
 
 
@@ -98,7 +99,7 @@ def test_options(home: Path, capfd: pytest.CaptureFixture[str], args: list[str],
         (["--dtype", "int8"], "dtype=int8: one of auto, float16, bfloat16, float32 is needed"),
         (["--dtype", "float32"], "dtype=.*float32: compressed-tensors is served in float16 or bfloat16"),
         (["--python", "nowhere/python"], r"python=nowhere/python: can't be run \(No such file"),
-        (["--python", "source"], r"python=source: can't be run \(Permission denied"),
+        (["--python", "./source"], r"python=\./source: can't be run \(Permission denied"),
         (["--text", "nowhere.txt"], r"nowhere\.txt"),
         (["--text", "short.txt"], "short|text of 3 tokens"),
     ],
@@ -146,8 +147,8 @@ SHIFT, GROUPS = ("--model.transforms.shift", "biased"), "--model.weight.group_si
     [
         (CT, LRQUANT, f"learned shifts give to input_layernorm, .*; fit with {' '.join(SHIFT)}$", SHIFT),
         (CT, W4A8, "queries, keys or values are rounded .*-c presets/served", SERVED),
-        (CT, W4A8, f"fit with {' '.join(ATTENTION)} and no kv_bits", (*ATTENTION, *SYMMETRIC)),
-        (CT, (*RTN, "--model.activation.kv_bits", "4"), "no kv_bits", ("--model.activation.kv_bits", "null")),
+        (CT, W4A8, f"no kv_bits, and with {' '.join(ATTENTION)} or -c", (*ATTENTION, *SYMMETRIC)),
+        (CT, (*RTN, "--model.activation.kv_bits", "4"), "to 16 and 4 bits.* no kv_bits", ("--model.activation.kv_bits", "null")),
         (CT, (*W4A8, *ATTENTION), f"no zero point .*0.self_attn.q_proj has.*{' '.join(SYMMETRIC)}", SYMMETRIC),
         (CT, (*W4A8, *ATTENTION, *SYMMETRIC[:2]), "activations have no zero point .*W8A8.*presets/served", SERVED),
         (CT, (*W4A8, *SERVED, "--model.activation.bits", "6"), "4 or 8 bits, not 6.*activation.bits 8",
@@ -155,8 +156,8 @@ SHIFT, GROUPS = ("--model.transforms.shift", "biased"), "--model.weight.group_si
         (CT, (*RTN, "--model.weight_quantizer.factor_rank", "1"), "factor_rank=1.*factor_rank 0",
          ("--model.weight_quantizer.factor_rank", "0")),
         (CT, (*RTN, "-c", "schemes/w2ba16"), r"no codes of 5 levels \(0.self_attn.q_proj\).*w2a16g64",
-         ("-c", "schemes/w2a16g64", GROUPS, "32")),
-        (CT, (*RTN, "-c", "schemes/w1.61a16"), "no codes of signs and salient channels", ("-c", "schemes/w2a16")),
+         (*RTN, "-c", "schemes/w2a16g64", GROUPS, "32")),
+        (CT, PTQ161, "no codes of signs and salient channels .*another method than ptq161", (*RTN, "-c", "schemes/w2a16")),
         (CT, (*RTN, *weights(1)), "no runtime reads codes of 1 bit .*with 2 bits", ("--model.weight.bits", "2")),
         (CT, (*RTN, *weights(4, True, 48)), f"64 columns of .* no multiple of 48.*{GROUPS} 32 or -1$", (GROUPS, "32")),
         (CT, (*RTN, *weights(4, True, 128)), f"64 columns of .* no multiple of 128.*{GROUPS} 32 or -1$", (GROUPS, "-1")),
@@ -184,7 +185,8 @@ def test_the_remedy_works(
 ) -> None:
     with pytest.raises(InputError, match=message):
         raise InputError(refused(home, capfd, str(runs(*options)), "--out", "out", "--format", target, *UNCHECKED))
-    exported(runs(*options, *remedy), tmp_path / "out", target)
+    replaces = remedy[0] == "-c" and remedy[1].startswith("methods/")
+    exported(runs(*(remedy if replaces else (*options, *remedy))), tmp_path / "out", target)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,7 @@ def test_the_remedy_works(
     [
         (CT, (*RTN, "--model.weight_quantizer.factor_rank", "1"), "dense"),
         (CT, (*RTN, "-c", "schemes/w2ba16"), "dense"),
-        (CT, (*RTN, "-c", "schemes/w1.61a16"), "dense"),
+        (CT, PTQ161, "dense"),
         (CT, (*RTN, *weights(1)), "dense"),
         ("gptq", (*RTN, *weights(5, True)), CT),
         ("gptq", (*RTN, *weights(4, False, 2)), "gptq_v2"),
