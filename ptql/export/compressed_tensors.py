@@ -63,8 +63,8 @@ class CompressedTensors(DirectoryTarget):
         kinds = {scheme for _, scheme, _ in schemes(model) if scheme.quantised}
         if len(kinds) > 1 and not all(scheme.symmetric for scheme in kinds):
             raise InputError(
-                "check=true: transformers reads zero points of one format in a model only, and layers have several; fit "
-                "with --model.weight.symmetric true, or write it unchecked, for other runtimes, with --check false"
+                "check=true: transformers reads zero points of one format in a model only, and layers have several; "
+                "fit with --model.weight.symmetric true, or write it unchecked, for other runtimes, with --check false"
             )
 
     def quantization(self, model: Checkpoint) -> dict[str, Any]:

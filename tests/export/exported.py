@@ -80,7 +80,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def plain_model(run: Path, multiplied_in: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The source's class with our dense weights in the place of its own, in float32, rounded before to another dtype."""
+    """The source's class with our dense weights in the place of its own, in float32; rounded before."""
     checkpoint = Checkpoint(run / "model")
     model = AutoModelForCausalLM.from_pretrained(run.parent / "source", dtype=torch.float32)
     for index, block in enumerate(model.get_submodule(checkpoint.family.blocks)):

@@ -98,8 +98,9 @@ def test_an_export_multiplied_out_is_our_model(tmp_path: Path, target: str, more
     for index in range(2):
         for linear in packed.linears:
             name, format = f"model.layers.{index}.{linear}", packed.schemes.of(index, linear)
-            parts = {key: stored.pop(f"{name}.{key}") for key in ("qweight", "qzeros", "scales", "g_idx") if
-                     format.quantised}
+            parts = {
+                key: stored.pop(f"{name}.{key}") for key in ("qweight", "qzeros", "scales", "g_idx") if format.quantised
+            }
             found = dense(parts, format.bits, more) if format.quantised else stored.pop(f"{name}.weight")
             assert torch.equal(found.float(), plain.pop(f"{name}.weight")), name
     plain.pop("lm_head.weight")  # tied

@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from ptql.calibration.quant_lm import QuantLM
 from ptql.cli import main
 from ptql.errors import InputError
 from ptql.formats.ptql import PackedFormat
 from ptql.nn.packed_linear import PackedLinear
+from ptql.parts.activations import DynamicTokens
+from ptql.parts.transforms import Smooth
+from ptql.parts.weights import Affine
 from ptql.recipe import ActivationScheme, IntScheme
 from tests.calibration.test_trainer import loaded_logits, student_logits
 from tests.models import some_ids
@@ -27,7 +32,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """W4A8 as presets/served has it, with learned clipping."""
     folder = tmp_path_factory.mktemp("served")
     recipe = ("-c", "methods/omniquant", "-c", "schemes/w4a8", "-c", "presets/served", "--trainer.accelerator", "cpu")
-    places = ("--model.source", str(save_source(folder / "source")), "--data.text", str(save_text(folder / "words.txt")))
+    places = (
+        "--model.source",
+        str(save_source(folder / "source")),
+        "--data.text",
+        str(save_text(folder / "words.txt")),
+    )
     small = ("--data.length", "16", "--data.samples", "4", "--data.batch_size", "2", "--trainer.max_epochs", "2")
     assert main(["fit", *recipe, *places, *small, "--trainer.default_root_dir", str(folder / "run")]) == 0
     return folder / "run"
@@ -44,23 +54,35 @@ def test_activations_without_a_zero_point_make_a_format_of_version_6(run: Path) 
     assert stored["weight"] == {"bits": 4, "group_size": -1, "symmetric": True, "scale_dtype": "bfloat16"}
     fmt = PackedFormat.from_dict(stored)
     assert fmt.to_dict() == stored
-    assert (fmt.activation, fmt.weight) == (ActivationScheme(8, symmetric=True), IntScheme(4, -1, True, scale_dtype="bfloat16"))
+    assert (fmt.activation, fmt.weight) == (
+        ActivationScheme(8, symmetric=True),
+        IntScheme(4, -1, True, scale_dtype="bfloat16"),
+    )
     assert replace(fmt, activation=ActivationScheme(8)).version == 1
     assert replace(fmt, activation=ActivationScheme(16, symmetric=True)).version == 1  # nothing is rounded
-    for key, value, message in (("activation", "yes", "symmetric='yes' is not a bool"), ("weight", 3, "scale_dtype=3 is")):
+    for key, value, message in (
+        ("activation", "yes", "symmetric='yes' is not a bool"),
+        ("weight", 3, "scale_dtype=3 is"),
+    ):
         name = "symmetric" if key == "activation" else "scale_dtype"
         with pytest.raises(InputError, match=message):
             PackedFormat.from_dict({**stored, key: {**stored[key], name: value}})
 
 
 def test_a_loaded_model_is_the_student_that_was_learned(run: Path) -> None:
-    ids = some_ids()
-    torch.testing.assert_close(loaded_logits(run, ids), student_logits(run, ids), rtol=1e-4, atol=1e-4)
+    recipe = QuantLM(
+        weight=IntScheme(4, symmetric=True, scale_dtype="bfloat16"),
+        activation=ActivationScheme(8, symmetric=True),
+        transforms=[Smooth(initial="balanced", shift="biased")],
+        weight_quantizer=Affine(clip=True),
+        activation_quantizer=DynamicTokens(qkv=False),
+    )
+    expected = student_logits(run, run.parent / "source", recipe, some_ids())
+    found = loaded_logits(run, some_ids())  # a difference in the last bit may move an activation to the next code
+    assert ((found - expected).abs() < 1e-4).float().mean() > 0.99
 
 
 def test_inputs_of_layers_lie_on_a_symmetric_grid(run: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
     layer = model.get_submodule("model.layers.0.mlp.down_proj")
     assert isinstance(layer, PackedLinear)
