@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -100,8 +101,13 @@ def export(
     if out is None:
         raise InputError(f"--out is missing: say which directory the {target} model shall be")
     folder = Path(out)
+    if folder.name in ("", ".."):
+        raise InputError(f"out={out}: the directory is made whole and then named; give a name, ./model for one")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"out={out}: is there already; give another name, or remove it first")
+    place = next(path for path in folder.absolute().parents if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise InputError(f"out={out}: can't be made in {place}; give a place where you may write")
     if run is not None and not (Path(run) / MODEL).is_dir():
         raise InputError(f"{run}: no finished model in this run; let `ptql fit` end first")
     model = Checkpoint(Path(run) / MODEL if run is not None else resolve(source or ""))
@@ -112,6 +118,7 @@ def export(
     writer.check(model)
     loader, ids, python = None, None, python or sys.executable
     if sample is not None:
+        writer.check_readable(model)
         loader, ids = installed(writer, python), sample.ids(model)
     with told_if_full(folder), new_directory(folder) as scratch:
         _say(f"{target}: writing {model.num_blocks} blocks")
@@ -121,8 +128,9 @@ def export(
             _say(f"{target}: reading it back with {loader.package}")
             found = reload(writer, scratch, model, ids, sample.text, device, loader, python)
         size = sum(file.stat().st_size for file in scratch.iterdir() if file.name.endswith(FILE_ENDS))
+        given = "--run RUN" if run is not None else "--model.source DIR"
         command = (
-            f"ptql export --run RUN --format {target} --dtype {_name(writer.dtype)} --out {shlex.quote(folder.name)}"
+            f"ptql export {given} --format {target} --dtype {_name(writer.dtype)} --out {shlex.quote(folder.name)}"
         )
         facts = {
             "format": target,

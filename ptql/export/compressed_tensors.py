@@ -60,6 +60,14 @@ class CompressedTensors(DirectoryTarget):
                 _check_products(name, scheme, fmt.activation)
         _check_merged(model, fmt)
 
+    def check_readable(self, model: Checkpoint) -> None:
+        kinds = {scheme for _, scheme, _ in schemes(model) if scheme.quantised}
+        if len(kinds) > 1 and not all(scheme.symmetric for scheme in kinds):
+            raise InputError(
+                "check=true: transformers reads zero points of one format in a model only, and layers have several; "
+                "fit with --model.weight.symmetric true, or write it unchecked, for other runtimes, with --check false"
+            )
+
     def quantization(self, model: Checkpoint) -> dict[str, Any]:
         fmt = packed_format(model)
         members: dict[IntScheme, list[str]] = {}

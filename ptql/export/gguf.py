@@ -57,7 +57,7 @@ class Gguf(Target):
         if fmt.shifted_norms:
             raise InputError(
                 f"gguf has no place for the biases that learned shifts give to {', '.join(fmt.shifted_norms)}; fit "
-                "without them: --model.transforms.shift biased, or -c presets/served"
+                "with --model.transforms.shift biased"
             )
         if fmt.factor_rank:
             raise InputError(

@@ -51,6 +51,9 @@ class Target(ABC):
         Only settings and, if it must be, scales are looked at: this comes before any long work.
         """
 
+    def check_readable(self, model: Checkpoint) -> None:  # noqa: B027  (most loaders read all that a format holds)
+        """Raise `InputError` if the loader does not read what the format holds; asked where it is to read it back."""
+
     @abstractmethod
     def write(self, model: Checkpoint, folder: Path) -> None:
         """Write the model's files into the empty directory `folder`; holds one block, or one shard, in memory."""
