@@ -128,6 +128,11 @@ class TestTimeAdaptation(BlockCallback):
     ) -> None:
         if run is None:
             raise InputError("tta: only a run has what calibration learned, and a source to learn from; give --run RUN")
+        if run.model.weight_quantizer.wants_moments:
+            raise InputError(
+                f"tta with {type(run.model.weight_quantizer).__name__}: codes were chosen by calibration's inputs, "
+                "which a block that learns again does not have; use a run with the weight quantiser Affine, or no tta"
+            )
         if self.blocks > run.source.num_blocks:
             raise InputError(f"tta blocks={self.blocks}: the model has {run.source.num_blocks}; take fewer")
         for index in range(run.source.num_blocks - self.blocks, run.source.num_blocks):

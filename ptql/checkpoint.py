@@ -183,8 +183,10 @@ class Checkpoint:
 
     @cached_property
     def parameters(self) -> int:
-        """Parameters of the full-precision model."""
-        return sum(parameter.numel() for parameter in self._skeleton.parameters())
+        """Parameters of the full-precision model; a head that is tied to the embeddings is not counted twice."""
+        tied = getattr(self.config, "tie_word_embeddings", False)
+        named = self._skeleton.named_parameters()
+        return sum(parameter.numel() for name, parameter in named if not (tied and name == "lm_head.weight"))
 
     def dtype(self) -> torch.dtype:
         """The dtype in which the first block's first matrix is stored."""

@@ -12,6 +12,8 @@ from ptql.errors import InputError
 UNQUANTISED = 16
 """The bit width that means: leave this tensor as it is."""
 
+MOST_CLUSTERS = 256
+"""Of a row: the number of a channel's cluster is stored in a byte."""
 
 SCALE_DTYPES = ("float16", "bfloat16")
 MOST_SALIENT = 0.9
@@ -230,3 +232,58 @@ class ActivationScheme:
     def cache_bits(self) -> int:
         """Width of keys and values."""
         return self.bits if self.kv_bits is None else self.kv_bits
+
+
+@dataclass(frozen=True)
+class StaticSite:
+    """A tensor that is rounded on fixed grids, one for each cluster of its channels.
+
+    Args:
+        bits: Width of a code, 2 to 8.
+        rows: Heads, each with clusters of its own; 1 where there are none.
+        width: Channels of a row.
+        clusters: Of a row, at most.
+        linears: The linear layers that read it, by name in the block; none for queries, keys and values.
+    """
+
+    bits: int
+    rows: int
+    width: int
+    clusters: int
+    linears: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, "activation", fewest=2)
+        for name, most in (("rows", 2**31), ("width", 2**31), ("clusters", MOST_CLUSTERS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise InputError(f"{name}={getattr(self, name)}: 1 to {most} are supported; correct it")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its settings as JSON."""
+        return {**asdict(self), "linears": list(self.linears)}
+
+
+@dataclass(frozen=True)
+class StaticScheme:
+    """What is rounded on fixed grids in a block.
+
+    Args:
+        sites: By name: `qkv`, `out`, `fc1`, `fc2` for the inputs of linear layers, `q`, `k`, `v` for what attention
+            reads, after RoPE.
+        softmax_bits: Width of attention's probabilities, which lie between 0 and 1; 16 leaves them as they are.
+    """
+
+    sites: Mapping[str, StaticSite]
+    softmax_bits: int = UNQUANTISED
+
+    def __post_init__(self) -> None:
+        check_bits(self.softmax_bits, "softmax", fewest=2)
+
+    @property
+    def in_attention(self) -> bool:
+        """Whether anything inside the attention is rounded."""
+        return self.softmax_bits < UNQUANTISED or any(not site.linears for site in self.sites.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its settings as JSON."""
+        return {"sites": {name: site.to_dict() for name, site in self.sites.items()}, "softmax_bits": self.softmax_bits}

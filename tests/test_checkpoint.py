@@ -409,3 +409,10 @@ def test_a_hub_id_that_can_not_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(InputError, match=r"^a/b: no such directory, .*\(no way to a/b\); give a model directory$"):
         resolve("a/b")
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "llama_untied", "opt", "opt_untied"])
+def test_a_tied_head_is_counted_once(tmp_path: Path, name: str) -> None:
+    model = random_model(CONFIGS[name])
+    found = Checkpoint(save(model, tmp_path)).parameters
+    assert found == sum(parameter.numel() for parameter in model.parameters())  # which leaves out what is there twice

@@ -14,9 +14,10 @@ from ptql.calibration.data import CalibrationData
 from ptql.calibration.quant_lm import QuantLM
 from ptql.calibration.trainer import BlockTrainer
 from ptql.cli import main
+from ptql.parts.activations import DynamicTokens, StaticClusters
 from ptql.parts.objectives import DistributionCorrection, Reconstruction
-from ptql.parts.transforms import Compensate, Smooth
-from ptql.parts.weights import Affine, SalientBinary
+from ptql.parts.transforms import Compensate, Permute, Smooth
+from ptql.parts.weights import Affine, Gptq, SalientBinary
 from ptql.recipe import IntScheme
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -25,6 +26,7 @@ SCHEMES = sorted(path.stem for path in (CONFIGS / "schemes").glob("*.yaml"))
 STRATEGIES = sorted(path.stem for path in (CONFIGS / "strategies").glob("*.yaml"))
 OTHERS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 SMOOTHED = {"omniquant", "lrquant", "lrquant_plus", "lrquant_tokens"}
+NOTHING_LEARNED = {"rtn", "gptq", "rptq"}
 CPU = ("--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
 Built = tuple[QuantLM, CalibrationData, BlockTrainer]
 
@@ -52,6 +54,7 @@ def numbers(scheme: str) -> tuple[IntScheme, int]:
     """The format of weights and the bits of activations in a name such as w2a16g64, or w2ba8 of a level more."""
     if scheme == "w1.61a16":
         return IntScheme(1, salient=0.2), 16
+    scheme = scheme.removesuffix("_rptq")
     found = re.fullmatch(r"w(\d+)(b?)a(\d+)(?:g(\d+))?", scheme)
     assert found, scheme
     balanced = bool(found[2])
@@ -78,10 +81,15 @@ def test_a_file_opens_with_what_it_is(path: Path) -> None:
 def test_a_scheme_has_the_numbers_of_its_name_and_of_its_comment(scheme: str) -> None:
     path = CONFIGS / "schemes" / f"{scheme}.yaml"
     weight, activation = numbers(scheme)
-    said = weight.to_dict()
-    assert yaml.safe_load(path.read_text()) == {"model": {"weight": said, "activation": {"bits": activation}}}
+    said = {"weight": weight.to_dict(), "activation": {"bits": activation}}
+    if scheme.endswith("_rptq"):
+        apart = {"bits": {"qkv": 8, "fc1": 8, "softmax": 8}}
+        said["activation_quantizer"] = {"class_path": "ptql.parts.activations.StaticClusters", "init_args": apart}
+    assert yaml.safe_load(path.read_text()) == {"model": said}
     of_groups = "one scale a row" if weight.group_size == -1 else f"groups of {weight.group_size}"
     of_activations = "not quantised" if activation == 16 else f"{activation} bits, dynamic per token"
+    if scheme.endswith("_rptq"):
+        of_activations = f"{activation} bits on fixed grids, but 8 for what norms and the softmax give"
     of_weights = f"{weight.bits} bits, {of_groups}, asymmetric"
     if weight.salient is not None:
         assert path.read_text().startswith(
@@ -103,11 +111,16 @@ def test_every_method_with_every_scheme(build: Any, method: str, scheme: str) ->
     assert model.activation.bits == activation
     assert model.method == method
     assert isinstance(model.weight_quantizer, Affine)
-    assert model.weight_quantizer.clip == (method != "rtn")
+    assert model.weight_quantizer.clip == (method not in NOTHING_LEARNED)
+    assert isinstance(model.weight_quantizer, Gptq) == (method == "gptq")
     smoothed = method in SMOOTHED and activation < 16
     transforms = [Smooth, Compensate] if method == "abq" else [Smooth] * smoothed
+    if method == "rptq":
+        transforms = [Permute] * (activation < 16)
+    static = method == "rptq" or scheme.endswith("_rptq")
+    assert isinstance(model.activation_quantizer, StaticClusters if static else DynamicTokens)
     assert [type(transform) for transform in model.transforms] == transforms
-    assert trainer.max_epochs == (0 if method == "rtn" else 20)
+    assert trainer.max_epochs == (0 if method in NOTHING_LEARNED else 20)
     json.dumps(model.identity())  # what a run is recognised by
 
 
@@ -161,19 +174,47 @@ def test_ptq161_has_a_format_of_its_own(build: Any, schemes: tuple[str, ...]) ->
     json.dumps(model.identity())
 
 
+def test_what_rptq_does(build: Any) -> None:
+    model, _, _ = build("methods/rptq", "schemes/w4a4")
+    (permute,), rounding = model.transforms, model.activation_quantizer
+    assert isinstance(permute, Permute)
+    assert permute.sites == ("qkv", "qkt", "out", "fc1", "fc2")
+    assert permute.clusters == {"qkv": 32, "qkt": 4, "out": 4, "fc1": 32, "fc2": 32}
+    assert (permute.multiple, permute.restarts) == (1, 10)
+    assert isinstance(rounding, StaticClusters)
+    assert (rounding.ranges, rounding.bits, rounding.faithful) == ("ema", {"softmax": 8}, False)
+    papers, _, _ = build("methods/rptq", "schemes/w4a4_rptq")
+    rounding.bits |= {"qkv": 8, "fc1": 8}
+    assert papers.identity() == model.identity()
+
+
 def test_ptq161_takes_no_other_format(build: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(AssertionError):
         build("methods/ptq161", "schemes/w4a16")
     assert "salient=0.2 with bits=4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"rtn", "ptq161"}))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - NOTHING_LEARNED - {"ptq161"}))
 def test_low_bits_change_where_clipping_begins_and_nothing_else(build: Any, method: str) -> None:
     one, _, _ = build(f"methods/{method}", "schemes/w3a16")
     two, _, _ = build(f"methods/{method}", "schemes/w3a16", "presets/low_bits")
     assert one.identity()["weight_quantizer"]["initial"] == 4.0
     one.weight_quantizer.initial = "search"
     assert two.identity() == one.identity()
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"ptq161"}))
+def test_gptq_takes_the_settings_of_any_method(
+    build: Any, method: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A class that has all that the other has keeps what was said of it."""
+    file = tmp_path_factory.mktemp("mine") / "mine.yaml"
+    file.write_text("model: {weight_quantizer: {class_path: ptql.parts.weights.Gptq, init_args: {act_order: false}}}\n")
+    one, _, _ = build(f"methods/{method}", "schemes/w3a16")
+    two, _, _ = build(f"methods/{method}", "schemes/w3a16", str(file))
+    assert type(two.weight_quantizer) is Gptq
+    own = {"damping": 0.01, "act_order": False}
+    assert vars(two.weight_quantizer) == {**vars(one.weight_quantizer), **own}
 
 
 def test_the_order_of_files_does_not_matter_where_they_do_not_overlap(build: Any) -> None:

@@ -14,8 +14,9 @@ from ptql.cli import main
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-OTHERS = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--logdir", "--aug_loss"}
-"""Options of torchrun and TensorBoard, and one of the originals."""
+OTHERS = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--logdir"}
+OTHERS |= {"--aug_loss", "--true-sequential", "--static-groups"}
+"""Options of torchrun and TensorBoard, and some of the originals."""
 BESIDE_HELP = {"--text.NAME", "--print_config", "--help"}
 OWN = {"--model.objective.skip", "--model.activation_quantizer.keep"}  # of the pages' example parts
 
@@ -27,7 +28,7 @@ def options() -> set[str]:
     import io
 
     text = io.StringIO()
-    for command in ("fit", "eval", "restore"):
+    for command in ("fit", "eval", "restore", "export"):
         with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
             main([command, "--help"])
     return set(re.findall(r"--[a-z][\w.]*", text.getvalue()))

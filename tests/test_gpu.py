@@ -20,7 +20,8 @@ import ptql  # noqa: F401  (registers the format)
 from benchmarks.kills import alive
 from ptql.checkpoint import Checkpoint
 from ptql.evaluation.whole import load_whole, spread
-from ptql.functional.affine import fake_quantize_tokens
+from ptql.functional import gptq
+from ptql.functional.affine import fake_quantize_tokens, grouped, weight_range
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
@@ -78,6 +79,29 @@ def test_mixed_precision_learns_too(tmp_path: Path, stories_dir: Path, shared_di
     assert metrics["fit"]["skipped_steps"] == 0
     assert all(block["loss"] <= block["loss_start"] for block in ledger.values())
     assert sum(block["loss"] < block["loss_start"] for block in ledger.values()) >= 3
+
+
+def test_gptq_chooses_the_codes_of_the_cpu(tmp_path: Path, stories_dir: Path, shared_dir: Path) -> None:
+    """With products in TF32 all around it."""
+    text = shared_dir / "data/text/tinystories-test.jsonl"
+    ours = ("--model.weight_quantizer", "ptql.parts.weights.Gptq")
+    gpu = fit(tmp_path / "gpu", stories_dir, text, "--trainer.accelerator", "gpu", *ours)
+    cpu = fit(tmp_path / "cpu", stories_dir, text, "--trainer.accelerator", "cpu", *ours)
+    assert gpu["ppl"]["tiny"] == pytest.approx(cpu["ppl"]["tiny"], rel=0.05)
+    torch.manual_seed(0)
+    w, x = torch.randn(64, 300), torch.randn(2000, 300) @ torch.randn(300, 300)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = []
+        for device in ("cpu", "cuda"):
+            moments = torch.zeros(300, 300, device=device)
+            gptq.add_products(moments, x.to(device))
+            low, high = weight_range(grouped(w.to(device), 64))
+            found.append(gptq.encode(w.to(device), moments, low, high, 8, 64, False, act_order=True)[0].cpu())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (found[0] == found[1]).double().mean() > 0.98  # one code that tips moves those behind it
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -120,3 +120,20 @@ def test_settings_that_are_left_out_are_not_part_of_a_runs_identity() -> None:
     assert identity["weight"] == {"bits": 4, "group_size": -1, "symmetric": False}
     assert identity["activation"] == {"bits": 4}
     assert "layers" not in identity
+
+
+def test_forms_that_runtimes_serve_are_settings_like_others() -> None:
+    activation = ActivationScheme(4, symmetric=True)
+    assert activation.to_dict() == {"bits": 4, "symmetric": True}
+    assert activation.cache_bits == 4
+    assert ActivationScheme(4, symmetric=False).to_dict() == ActivationScheme(4).to_dict() == {"bits": 4}
+    weight = IntScheme(4, scale_dtype="bfloat16")
+    assert weight.to_dict()["scale_dtype"] == "bfloat16"
+    assert "scale_dtype" not in IntScheme(4).to_dict()
+    with pytest.raises(InputError, match="activation symmetric=1: true or false"):
+        ActivationScheme(4, symmetric=1)  # type: ignore[arg-type]
+    for dtype in ("float32", "half", ""):
+        with pytest.raises(InputError, match=f"scale_dtype={dtype}: one of float16, bfloat16 is needed"):
+            IntScheme(4, scale_dtype=dtype)
+    with pytest.raises(InputError, match=r"salient=0\.2 with scale_dtype=bfloat16: .*leave scale_dtype out"):
+        IntScheme(1, salient=0.2, scale_dtype="bfloat16")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from ptql.calibration.memory_budget import Budget, Place
 from ptql.calibration.ranks import Ranks
-from ptql.calibration.statistics import observe_inputs
+from ptql.calibration.statistics import SiteObserver, observe_inputs
 from ptql.calibration.stream_store import StreamStore
 from ptql.families import BlockLayout
 from ptql.nn.attention_probe import AttentionProbe, made_by, watched_attention
-from ptql.nn.student import run_block
+from ptql.nn.static_rounding import watched_sites
+from ptql.nn.student import call_block, run_block
 from ptql.nn.transfer import Writer, batches_on
-from ptql.parts.inputs import InputRange
+from ptql.parts.inputs import InputRange, SiteRange
 from ptql.parts.objectives import ATTENTION, AttentionView, Target
 from ptql.parts.transforms import Weights
 from ptql.shell import Shell
@@ -174,6 +175,24 @@ class Streams:
         with Writer(self.targets[ATTENTION], self.device) as writer, watched_attention(block, layout, view, writer.put):
             yield
 
+    def watch(self, block: nn.Module, layout: BlockLayout, weights: Weights | None = None) -> dict[str, SiteRange]:
+        """What all samples of the quantised stream, of all processes, show at the sites of a block that rounds nothing;
+        `weights` in place of its own."""
+        observer = SiteObserver()
+        self.show_sites(block, layout, observer.see, weights)
+        return observer.ranges(self.ranks)
+
+    def show_sites(
+        self,
+        block: nn.Module,
+        layout: BlockLayout,
+        see: Callable[[str, Tensor], None],
+        weights: Weights | None = None,
+    ) -> None:
+        """Run a block on the quantised stream for what it shows on the way (`watched_sites`)."""
+        with watched_sites(block, layout, self.quantised.shape[1], see):
+            self.show(block, weights)
+
     def finite(self) -> bool:
         """Whether the full-precision block in every process gave numbers only: no nan, no infinity."""
         return self.ranks.all(bool(self._finite))
@@ -203,6 +222,12 @@ class Streams:
                     writer.put(index * self._at_once, made["output"])
                 parts = {name: tensor.split(self.batch_size) for name, tensor in {**batch, **made}.items()}
                 yield from (dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True))
+
+    @torch.no_grad()
+    def show(self, block: nn.Module, weights: Weights | None = None) -> None:
+        """Run a block on the quantised stream for what hooks in it see; its output is let go."""
+        for batch in batches_on(self.device, {"input": self.quantised}, self._at_once, torch.float32):
+            call_block(block, batch["input"], self.context, weights)
 
     def empty(self) -> Tensor:
         """Room for a stream."""

@@ -18,12 +18,15 @@ from ptql.engine.step import CaptureError, Step, plain_groups
 from ptql.functional.scaled import Scaled, multiplied_out
 from ptql.nn.attention_probe import AttentionProbe, made_by
 from ptql.nn.quant_linear import QuantLinear
+from ptql.nn.static_rounding import grid_tensors
 from ptql.nn.student import weights_of
 from ptql.parts.objectives import Objective, all_terms, total
 from ptql.parts.transforms import TransformState, Weights
 from ptql.parts.weights import LinearQuantizer
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+Moments = Callable[[str, Weights], Tensor]
+"""Second moments [in, in] of what a linear layer multiplies, by its name, in a block with these weights."""
 
 
 class BlockTask(LightningModule):
@@ -39,6 +42,7 @@ class BlockTask(LightningModule):
         dense: Dtype in which matrices that are not quantised are stored.
         engine: Computes the steps; None for Lightning's own way.
         probe: At the student's attention, where the objective looks at it.
+        wants_moments: Whether quantisers encode by second moments of inputs.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class BlockTask(LightningModule):
         dense: torch.dtype = torch.float32,
         engine: Engine | None = None,
         probe: AttentionProbe | None = None,
+        wants_moments: bool = False,
     ) -> None:
         super().__init__()
         self.strict_loading = False  # state_dict holds the learnables only: the rest comes from the source model
@@ -62,6 +67,7 @@ class BlockTask(LightningModule):
         self._matrices = {f"{name}.weight" for name, m in student.named_modules() if isinstance(m, QuantLinear)}
         self.objective = objective
         self.probe = probe
+        self.wants_moments = wants_moments
         self.balance = objective.balance_for_block()
         self._optimizer = optimizer
         self._dense = dense
@@ -133,16 +139,23 @@ class BlockTask(LightningModule):
         return weights
 
     @torch.no_grad()
-    def encode(self) -> dict[str, Tensor]:
-        """What is stored of the block: packed matrices, and everything else as folded, by name in the block.
+    def encode(self, moments: Moments | None = None) -> dict[str, Tensor]:
+        """What is stored of the block: packed matrices, grids, and everything else as folded, by name in the block.
 
         Matrices are multiplied out as the engine did while learning, and where it leaves that to kernels, one by one.
+        With `moments` each is encoded by its inputs, as the matrices before it, which are rounded by then, make them.
         """
         stored = self.folded_weights(scaled=self._engine is not None and self._engine.kernels(self.device))
+        so_far = {} if moments is None else {name: multiplied_out(weight) for name, weight in stored.items()}
         for name, quantizer in self._by_linear():
-            packed = quantizer.encode(multiplied_out(stored.pop(f"{name}.weight")))
+            weight = multiplied_out(stored.pop(f"{name}.weight"))
+            if moments is None:
+                packed = quantizer.encode(weight)
+            else:
+                packed = quantizer.encode_on(weight, moments(name, so_far))
+                so_far[f"{name}.weight"] = quantizer.decode(packed)
             stored |= {f"{name}.{part}": tensor for part, tensor in packed.items()}
-        tensors = {name: multiplied_out(weight) for name, weight in stored.items()}
+        tensors = {name: multiplied_out(weight) for name, weight in stored.items()} | grid_tensors(self.student)
         return {name: tensor.to(self._stored_dtype(name, tensor)) for name, tensor in tensors.items()}
 
     def _stored_dtype(self, name: str, tensor: Tensor) -> torch.dtype:

@@ -21,6 +21,7 @@ from ptql.calibration.block_task import BlockTask
 from ptql.calibration.finish import finish_block
 from ptql.calibration.ledger import BlockRecord, Ledger
 from ptql.calibration.quant_lm import QuantLM
+from ptql.calibration.static_ranges import find_grids
 from ptql.checkpoint import Checkpoint
 from ptql.disk import told_if_full
 from ptql.engine.step import Step
@@ -95,7 +96,9 @@ class DryRun:
                 f"{source.directory}: its first block gives numbers that are not finite; its weights are damaged, "
                 "or belong to another architecture: fetch the model again"
             )
-        task = model.block_task(0, model.student(block, source), source, ranges, streams.context)
+        sites = streams.watch(block, source.layout) if model.watches else None
+        task = model.block_task(0, model.student(block, source), source, ranges, streams.context, sites=sites)
+        find_grids(task, streams, source.layout, model.activation_quantizer)
         if self.learns and task.initial:
             self._one_step(task, streams)
         record, output = finish_block(task, streams, source.layout, ranges)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ptql.calibration.activations import Streams
 from ptql.calibration.block_task import BlockTask
+from ptql.calibration.input_moments import InputMoments
 from ptql.calibration.ledger import BlockRecord
 from ptql.calibration.statistics import observe_inputs
 from ptql.families import BlockLayout
@@ -63,7 +64,7 @@ def finish_block(
 def _candidate(task: BlockTask, streams: Streams, layout: BlockLayout, out: Tensor | None) -> BlockRecord:
     """Encode what the task holds and measure what was encoded: mean of the objective over training batches, and mean
     squared error against the fp stream over samples, the same figure for every method. `out` gets the outputs."""
-    stored = task.encode()
+    stored = task.encode(InputMoments(task.student, layout, streams) if task.wants_moments else None)
     losses, squares = [], []
     with observe_inputs(task.student, layout, streams.quantised.shape[1], streams.ranks) as observed:
         for batch in streams.compared(task.student, task.decode(stored), out, task.probe):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +22,11 @@ from ptql.nn.attention_probe import attach_probe
 from ptql.nn.student import biased_linears, keep_narrow, make_student, weights_of
 from ptql.parts import settings
 from ptql.parts.activations import ActivationQuantizer, DynamicTokens
-from ptql.parts.inputs import InputRange
+from ptql.parts.inputs import InputRange, SiteRange
 from ptql.parts.objectives import Objective, Reconstruction
 from ptql.parts.transforms import AddedBiases, BlockFacts, Transform
 from ptql.parts.weights import Affine, WeightQuantizer
-from ptql.recipe import ActivationScheme, IntScheme, LayerFormat, LayerSchemes, schemes_by_pattern
+from ptql.recipe import ActivationScheme, IntScheme, LayerFormat, LayerSchemes, StaticScheme, schemes_by_pattern
 from ptql.restoration.restored import Salience
 
 
@@ -94,6 +94,10 @@ class QuantLM(LightningModule):
                 f"transforms: {type(self.transforms[0]).__name__} with {type(self.weight_quantizer).__name__}, whose "
                 "constants are those of the weights as they are; leave the transforms out: []"
             )
+        if len(watching := [type(t).__name__ for t in self.transforms if t.watches]) > 1:
+            raise InputError(
+                f"transforms: {', '.join(watching)}: channels are clustered once, for grids to know by which; leave one"
+            )
         self.objective = objective or Reconstruction()
         self.optimizer = optimizer
         self.published = None if published is None else Published.read(Path(published))
@@ -153,21 +157,42 @@ class QuantLM(LightningModule):
             added |= transform.added_biases(source.layout, biased_linears(block, source.layout))
         return added
 
+    @property
+    def watches(self) -> bool:
+        """Whether a transform has to know what the full-precision block shows on the quantised stream."""
+        return any(transform.watches for transform in self.transforms)
+
+    def gathered_norms(self, source: Checkpoint) -> frozenset[str]:
+        """Norms that read their input in another order, as the transforms ask."""
+        return frozenset().union(*(transform.gathered_norms(source.layout) for transform in self.transforms))
+
+    def static_scheme(
+        self, block: nn.Module, source: Checkpoint, activation: ActivationScheme | None = None
+    ) -> StaticScheme | None:
+        """What is rounded on fixed grids in `block`, one of the source; None where nothing is."""
+        clusters: dict[str, int] = {}
+        for transform in self.transforms:
+            clusters |= transform.site_clusters()
+        return self.activation_quantizer.static_scheme(block, source.layout, activation or self.activation, clusters)
+
     def packed_format(self, source: Checkpoint, added: AddedBiases) -> PackedFormat:
         """How the result is described in its config.json; `InputError` if it can't be."""
+        static = self.static_scheme(source.empty_block(0), source)
+        tokens = self.activation if static is None else ActivationScheme()  # rounded with a range for each
         for name in source.layout.names:
-            rounding = self.activation_quantizer.for_linear(name, self.activation)
-            if rounding != DynamicTokens().for_linear(name, self.activation):
+            rounding = self.activation_quantizer.for_linear(name, tokens)
+            if rounding != DynamicTokens().for_linear(name, tokens):
                 raise InputError(
                     f"activation_quantizer {type(self.activation_quantizer).__name__}: a packed model rounds each "
-                    "token dynamically, and nothing else can be stored; use DynamicTokens"
+                    "token dynamically or on fixed grids, and nothing else can be stored; use DynamicTokens or "
+                    "StaticClusters"
                 )
         rounds_qkv = self.activation_quantizer.for_attention(self.activation) is not None
         schemes = self.layer_schemes
         return PackedFormat(
             method=self.method,
             weight=schemes.default,
-            activation=self.activation,
+            activation=tokens,
             qkv=rounds_qkv,
             blocks=source.family.blocks,
             attention=source.layout.attention.module,
@@ -176,6 +201,8 @@ class QuantLM(LightningModule):
             added_biases=tuple(sorted(added.linears)),
             factor_rank=self.weight_quantizer.factor_rank if schemes.any_quantised else 0,
             layers={name: scheme for name, scheme in schemes.exceptions.items() if scheme != schemes.default},
+            gathered_norms=tuple(sorted(self.gathered_norms(source))),
+            static=static,
         )
 
     def student(self, block: nn.Module, source: Checkpoint, activation: ActivationScheme | None = None) -> nn.Module:
@@ -183,7 +210,14 @@ class QuantLM(LightningModule):
         added = self.added_biases(block, source)
         kernels = self.engine.kernels(next(block.parameters()).device)
         return make_student(
-            block, source.layout, added, self.activation_quantizer, activation or self.activation, kernels
+            block,
+            source.layout,
+            added,
+            self.activation_quantizer,
+            activation or self.activation,
+            kernels,
+            self.gathered_norms(source),
+            self.static_scheme(block, source, activation),
         )
 
     def block_task(
@@ -195,6 +229,7 @@ class QuantLM(LightningModule):
         context: dict[str, Any],
         objective: Objective | None = None,
         begin: bool = True,
+        sites: Mapping[str, SiteRange] | None = None,
     ) -> BlockTask:
         """What learns block `index`, on the student's device.
 
@@ -206,11 +241,15 @@ class QuantLM(LightningModule):
             context: Its keyword arguments: mask, RoPE.
             objective: In place of the recipe's.
             begin: Let quantisers begin on the weights, if they do; not needed where what was learned is at hand.
+            sites: What the full-precision block showed on the quantised stream, for transforms that watch it.
         """
-        weights = weights_of(student)
-        facts = BlockFacts(source.layout, weights, ranges, index, source.num_blocks)
+        facts = BlockFacts(source.layout, weights_of(student), ranges, index, source.num_blocks, sites)
+        transforms = []
+        for transform in self.transforms:
+            transforms.append(transform.for_block(facts))
+            facts = transforms[-1].after(facts)
         schemes = {name: self.layer_schemes.of(index, name) for name in source.layout.names}
-        inputs = ranges
+        weights, inputs = facts.weights, facts.ranges
         if self.salience is not None:
             inputs = self.salience.of(index, source, next(student.parameters()).device)
         quantizers = {
@@ -222,13 +261,14 @@ class QuantLM(LightningModule):
         task = BlockTask(
             student,
             context,
-            [transform.for_block(facts) for transform in self.transforms],
+            transforms,
             quantizers,
             compares,
             self.optimizer,
             source.dtype(),
             self.engine,
             attach_probe(student, source.layout, compares.attention),
+            self.weight_quantizer.wants_moments,
         )
         device = next(student.parameters()).device
         if self.engine.kernels(device):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ptql.calibration.ranks import Ranks
 from ptql.families import BlockLayout
-from ptql.parts.inputs import InputRange
+from ptql.parts.inputs import InputRange, SiteRange
 
 MOMENTUM = 0.99  # of the running mid-range over samples: OmniQuant's activation shift
 
@@ -44,6 +44,22 @@ class _Observer:
         assert middle is not None
         mean = ranks.interleaved(torch.cat(self.means)).mean(0)
         return InputRange(ranks.smallest(self.low), ranks.largest(self.high), middle, mean)
+
+
+class SiteObserver:
+    """Collects the range of each sample at the sites of a block (`ptql.nn.static_rounding.watched_sites`)."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def see(self, site: str, x: Tensor) -> None:
+        """[samples, tokens, rows, width]."""
+        self._seen.setdefault(site, []).append((x.amin(1), x.amax(1)))
+
+    def ranges(self, ranks: Ranks) -> dict[str, SiteRange]:
+        """By site, over the samples of all processes in the order in which one would see them."""
+        both = {site: [torch.cat(ends) for ends in zip(*seen, strict=True)] for site, seen in self._seen.items()}
+        return {site: SiteRange(*(ranks.interleaved(ends) for ends in found)) for site, found in both.items()}
 
 
 @contextmanager

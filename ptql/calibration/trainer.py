@@ -42,6 +42,7 @@ from ptql.calibration.preparation import (
 from ptql.calibration.quant_lm import QuantLM
 from ptql.calibration.ranks import Ranks, host_group
 from ptql.calibration.run_logger import RunLogger
+from ptql.calibration.static_ranges import find_grids
 from ptql.calibration.stopping import Stopped, StopSignals, tell_children, tell_children_no_more
 from ptql.calibration.trainer_options import check_options
 from ptql.calibration.usual_callbacks import with_usual_callbacks
@@ -337,12 +338,14 @@ class BlockTrainer(Trainer):
                 f"{source.directory}: block {self.block} gives numbers that are not finite; its weights are damaged: "
                 "fetch the model again"
             )
+        sites = streams.watch(block, source.layout) if model.watches and found is None else None
         student = model.student(block, source)  # the same module, changed in place
-        task = model.block_task(self.block, student, source, ranges, streams.context, begin=found is None)
+        task = model.block_task(self.block, student, source, ranges, streams.context, begin=found is None, sites=sites)
         if found is not None:
             stored = {name: tensor.to(device) for name, tensor in found.stored.items()}
             streams.advance(streams.output(task.student, task.decode(stored)))
             return found
+        find_grids(task, streams, source.layout, model.activation_quantizer)
         self._notify("on_block_start", task)
         learning = time.monotonic()
         if task.initial and self.max_epochs:
@@ -508,6 +511,7 @@ class BlockTrainer(Trainer):
         text: str = "pydoc",
         windows: int = 4,
         length: int = 512,
+        widen: bool = False,
     ) -> None:
         """Write a finished model in the format of another runtime, which must load it and give our logits.
 
@@ -521,13 +525,14 @@ class BlockTrainer(Trainer):
             text: What it is compared on.
             windows: How many windows of it.
             length: Tokens of a window.
+            widen: Of gguf: formats that it has no type for are stored with wider codes, as exact, but larger.
         """
         if self.world_size > 1:
             raise InputError(f"devices={self.world_size}: export is one process; leave --trainer.devices at 1")
         check_eval_options(model, datamodule, "export")
         self.strategy.setup_environment()
         sample = Sample(text, windows, length) if check else None
-        export(run, model.source, format, out, dtype, sample, self.strategy.root_device, python)
+        export(run, model.source, format, out, dtype, sample, self.strategy.root_device, python, widen)
 
     def _precision_of_products(self, model: QuantLM) -> None:
         if self.strategy.root_device.type == "cuda":

@@ -216,8 +216,9 @@ def _fixed(value: Any, inside: tuple[int, ...] = ()) -> Hashable:
     inside = (*inside, id(value))
     if isinstance(value, (tuple, list)):
         return tuple(_fixed(item, inside) for item in value)
-    if isinstance(value, Mapping):
-        return tuple((str(k), _fixed(v, inside)) for k, v in value.items() if k not in NOT_SHAPE)
+    if isinstance(value, Mapping):  # a hook's key is a number that no other hook of the process has
+        kept = [(k, v) for k, v in value.items() if k not in NOT_SHAPE]
+        return tuple((None if isinstance(k, int) else str(k), _fixed(v, inside)) for k, v in kept)
     if isinstance(value, (set, frozenset)):
         return frozenset(_fixed(item, inside) for item in value)
     if isinstance(value, MethodType):

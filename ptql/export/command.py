@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -20,15 +22,18 @@ from ptql.evaluation.recorded_run import MODEL
 from ptql.export.card import card
 from ptql.export.compressed_tensors import CompressedTensors
 from ptql.export.dense import Dense
+from ptql.export.gguf import Gguf
 from ptql.export.gptq import AutoRound, Gptq, GptqV2
 from ptql.export.refusals import schemes
-from ptql.export.reload import Reloaded, check_loader, reload
+from ptql.export.reload import Reloaded, installed, reload
 from ptql.export.target import Target
 
 TARGETS: dict[str, type[Target]] = {
-    target.name: target for target in (CompressedTensors, Gptq, GptqV2, AutoRound, Dense)
+    target.name: target for target in (CompressedTensors, Gptq, GptqV2, AutoRound, Gguf, Dense)
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+FACTS = "ptql_export.json"
+"""In an export: its format, its size, and what the runtime made of it."""
 FILE_ENDS = (".safetensors", ".gguf")
 
 
@@ -70,6 +75,7 @@ def export(
     sample: Sample | None,
     device: torch.device,
     python: str | None = None,
+    widen: bool = False,
 ) -> Path:
     """Write a finished run's model, or a packed model directory, in the format of another runtime.
 
@@ -82,6 +88,7 @@ def export(
         sample: What it is checked on; None for no check.
         device: Where our own logits are computed.
         python: Of the environment in which the runtime is; this one by default.
+        widen: Of GGUF, see `Gguf`.
 
     Raises:
         InputError: The format can't hold the model, or an option is wrong; nothing is written.
@@ -94,28 +101,45 @@ def export(
     if out is None:
         raise InputError(f"--out is missing: say which directory the {target} model shall be")
     folder = Path(out)
+    if folder.name in ("", ".."):
+        raise InputError(f"out={out}: the directory is made whole and then named; give a name, ./model for one")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"out={out}: is there already; give another name, or remove it first")
+    place = next(path for path in folder.absolute().parents if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise InputError(f"out={out}: can't be made in {place}; give a place where you may write")
     if run is not None and not (Path(run) / MODEL).is_dir():
         raise InputError(f"{run}: no finished model in this run; let `ptql fit` end first")
     model = Checkpoint(Path(run) / MODEL if run is not None else resolve(source or ""))
-    writer = TARGETS[target](_dtype(dtype, model, target))
+    if widen and target != Gguf.name:
+        raise InputError(f"widen=true: only {Gguf.name} has wider codes to hold narrow ones in; leave it out")
+    served = _dtype(dtype, model, target)
+    writer = Gguf(served, widen) if target == Gguf.name else TARGETS[target](served)
     writer.check(model)
-    ids, python = None, python or sys.executable
+    loader, ids, python = None, None, python or sys.executable
     if sample is not None:
-        check_loader(writer.loader, python)
-        ids = sample.ids(model)
+        writer.check_readable(model)
+        loader, ids = installed(writer, python), sample.ids(model)
     with told_if_full(folder), new_directory(folder) as scratch:
         _say(f"{target}: writing {model.num_blocks} blocks")
         writer.write(model, scratch)
         found: Reloaded | None = None
-        if sample is not None and ids is not None:
-            _say(f"{target}: reading it back with {writer.loader.package}")
-            found = reload(writer, scratch, model, ids, sample.text, device, python)
+        if sample is not None and ids is not None and loader is not None:
+            _say(f"{target}: reading it back with {loader.package}")
+            found = reload(writer, scratch, model, ids, sample.text, device, loader, python)
         size = sum(file.stat().st_size for file in scratch.iterdir() if file.name.endswith(FILE_ENDS))
+        given = "--run RUN" if run is not None else "--model.source DIR"
         command = (
-            f"ptql export --run RUN --format {target} --dtype {_name(writer.dtype)} --out {shlex.quote(folder.name)}"
+            f"ptql export {given} --format {target} --dtype {_name(writer.dtype)} --out {shlex.quote(folder.name)}"
         )
+        facts = {
+            "format": target,
+            "dtype": _name(writer.dtype),
+            "size_bytes": size,
+            "parameters": model.parameters,
+            "read_back": None if found is None else found.to_dict(),
+        }
+        put_text(scratch / FACTS, json.dumps(facts, indent=2) + "\n")
         put_text(scratch / "README.md", card(model, None if run is None else Path(run), target, size, command, found))
     print(f"{folder}: {size / 1e6:.1f} MB, {8 * size / model.parameters:.3f} bits a parameter; {_words(found)}")
     return folder
@@ -129,7 +153,7 @@ def _dtype(given: str, model: Checkpoint, target: str) -> torch.dtype:
         return DTYPES[given]
     if target == Dense.name:
         return torch.bfloat16
-    if target in (Gptq.name, GptqV2.name, AutoRound.name) or model.packed is None:
+    if target in (Gptq.name, GptqV2.name, AutoRound.name, Gguf.name) or model.packed is None:
         return torch.float16
     made_for_it = all(scheme.scale_dtype == "bfloat16" for _, scheme, _ in schemes(model) if scheme.quantised)
     if not made_for_it and model.layout.offset_norms:

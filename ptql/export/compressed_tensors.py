@@ -34,11 +34,11 @@ class CompressedTensors(DirectoryTarget):
     """Packed codes of 2 to 8 bits; a byte for each weight where weights and activations have 8, as int8 kernels want.
 
     Zero points make the package's own loader fail (in 0.18.0 to 0.20.0) unless it multiplies the weights out, so the
-    configuration asks for that. vLLM has a reader of its own.
+    configuration asks for that; the products are rounded to the scales' dtype then. vLLM has a reader of its own.
     """
 
     name = "compressed-tensors"
-    loader = Loader("by_transformers.py", "compressed_tensors", "pip install 'ptql[export]'")
+    loaders = (Loader("by_transformers.py", "compressed_tensors", "pip install 'ptql[export]'"),)
 
     def check(self, model: Checkpoint) -> None:
         fmt = packed_format(model)
@@ -49,6 +49,7 @@ class CompressedTensors(DirectoryTarget):
         refuse_inexact_scales(model, self.name, self.dtype)
         if self.dtype not in (torch.float16, torch.bfloat16):
             raise InputError(f"dtype={self.dtype}: {self.name} is served in float16 or bfloat16; use one of them")
+        self.exact = all(scheme.symmetric for _, scheme, _ in schemes(model) if scheme.quantised)  # see the class
         for name, scheme, _ in schemes(model):
             if scheme.bits == 1:
                 raise InputError(
@@ -58,6 +59,14 @@ class CompressedTensors(DirectoryTarget):
             if scheme.quantised and fmt.activation.quantised:
                 _check_products(name, scheme, fmt.activation)
         _check_merged(model, fmt)
+
+    def check_readable(self, model: Checkpoint) -> None:
+        kinds = {scheme for _, scheme, _ in schemes(model) if scheme.quantised}
+        if len(kinds) > 1 and not all(scheme.symmetric for scheme in kinds):
+            raise InputError(
+                "check=true: transformers reads zero points of one format in a model only, and layers have several; "
+                "fit with --model.weight.symmetric true, or write it unchecked, for other runtimes, with --check false"
+            )
 
     def quantization(self, model: Checkpoint) -> dict[str, Any]:
         fmt = packed_format(model)

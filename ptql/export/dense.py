@@ -19,7 +19,7 @@ class Dense(DirectoryTarget):
 
     name = "dense"
     exact = False  # but in float32
-    loader = Loader("by_transformers.py", "transformers", "pip install transformers")
+    loaders = (Loader("by_transformers.py", "transformers", "pip install transformers"),)
 
     def check(self, model: Checkpoint) -> None:
         packed_format(model)

@@ -35,8 +35,7 @@ class Gptq(DirectoryTarget):
     """Version 1, in which zero points are stored less one. Scales are float16."""
 
     name = "gptq"
-    loader = Loader("by_gptqmodel.py", "gptqmodel", "pip install gptqmodel, in an environment of its own")
-    exact = False  # its kernels compute in float16
+    loaders = (Loader("by_gptqmodel.py", "gptqmodel", "pip install gptqmodel", exact=False),)
     less = 1
     """What is taken off a zero point when it is stored."""
 
@@ -121,7 +120,7 @@ class AutoRound(Gptq):
     """Version 1's tensors under auto-round's name, by which vLLM and SGLang read 2 and 3 bits, too."""
 
     name = "auto-round"
-    loader = Loader("by_auto_round.py", "auto_round", "pip install auto-round, in an environment of its own")
+    loaders = (Loader("by_auto_round.py", "auto_round", "pip install auto-round", exact=False),)
 
     def quantization(self, model: Checkpoint) -> dict[str, Any]:
         usual, others = _schemes(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 
 import torch
 
@@ -50,19 +51,29 @@ def refuse_additions(model: Checkpoint | PackedFormat, target: str) -> None:
     fmt = packed_format(model)
     if added := [*fmt.shifted_norms, *fmt.added_biases]:
         raise InputError(
-            f"{target} has no place for the biases that learned shifts give to {', '.join(added)}; fit without them: "
-            "--model.transforms.shift biased, or -c presets/served"
+            f"{target} has no place for the biases that learned shifts give to {', '.join(added)}; fit with "
+            "--model.transforms.shift biased"
         )
 
 
 def refuse_attention(model: Checkpoint | PackedFormat, target: str) -> None:
-    """Rounded queries, keys and values."""
+    """Rounded queries, keys and values, fixed grids, and norms that reorder channels."""
     fmt = packed_format(model)
+    if fmt.static is not None:
+        raise InputError(
+            f"{target} can't say that activations are on fixed grids of clusters; fit with -c presets/served after the "
+            "method, which rounds each token by its own range"
+        )
+    if fmt.gathered_norms:
+        raise InputError(
+            f"{target} has no norms that reorder channels, as {fmt.gathered_norms[0]} does; fit without the transform "
+            "Permute, or with its sites [qkt, out, fc2] alone"
+        )
     if fmt.rounds_attention:
         raise InputError(
             f"{target} can't say that queries, keys or values are rounded (to {fmt.query_bits} and {fmt.cache_bits} "
-            "bits), so other logits would be served than were measured; fit with "
-            "--model.activation_quantizer.qkv false and no kv_bits, or -c presets/served"
+            "bits), so other logits would be served than were measured; fit with no kv_bits, and with "
+            "--model.activation_quantizer DynamicTokens --model.activation_quantizer.qkv false or -c presets/served"
         )
 
 
@@ -87,9 +98,11 @@ def refuse_kinds(model: Checkpoint | PackedFormat, target: str) -> None:
         )
     for name, scheme in kinds(model):
         if scheme.salient is not None or scheme.balanced:
-            what = "signs and salient channels" if scheme.salient is not None else f"{scheme.levels} levels"
+            what, method = f"{scheme.levels} levels", ""
+            if scheme.salient is not None:
+                what, method = "signs and salient channels", "another method than ptq161 and "
             raise InputError(
-                f"{target} has no codes of {what} ({name}); fit with -c schemes/w2a16g64 or wider, or use "
+                f"{target} has no codes of {what} ({name}); fit with {method}-c schemes/w2a16g64 or wider, or use "
                 "--format dense"
             )
 
@@ -107,14 +120,12 @@ def refuse_inexact_scales(model: Checkpoint, target: str, dtype: torch.dtype) ->
 
 
 def refuse_short_groups(model: Checkpoint, target: str) -> None:
-    """Rows whose last group is shorter."""
+    """Rows whose last group, or only one, is shorter."""
+    common = gcd(*(columns for _, _, columns in schemes(model)))
+    usual = [str(size) for size in (128, 64, 32, 16) if common % size == 0][:1]
     for name, scheme, columns in schemes(model):
-        if scheme.quantised and columns % scheme.columns(columns):
+        if scheme.quantised and scheme.group_size != -1 and columns % scheme.group_size:
             raise InputError(
                 f"{target} has groups of one size, and {columns} columns of {name} are no multiple of "
-                f"{scheme.group_size}; fit with --model.weight.group_size {_divisor(columns)}, or -1"
+                f"{scheme.group_size}; fit with --model.weight.group_size {' or '.join([*usual, '-1'])}"
             )
-
-
-def _divisor(columns: int) -> int:
-    return next((size for size in (128, 64, 32, 16) if columns % size == 0), -1)

@@ -60,20 +60,25 @@ class Reloaded:
         return asdict(self)
 
 
-def check_loader(loader: Loader, python: str) -> None:
-    """Raise `InputError` unless the runtime is there, in the environment of this Python."""
-    wanted = (
-        f"import sys, importlib.util as u; sys.exit(any(u.find_spec(p) is None for p in ('numpy', '{loader.package}')))"
+def installed(target: Target, python: str) -> Loader:
+    """The runtime with which this Python reads the format; `InputError` if there is none in its environment."""
+    for loader in target.loaders:
+        if _is_there(loader, python):
+            return loader
+    packages = " and ".join(loader.package for loader in target.loaders)
+    raise InputError(
+        f"check=true: {packages}, with which the export is read back, is not installed for {python}; "
+        f"{target.loaders[-1].install} (in an environment of its own, perhaps: --python says where), or write it "
+        "unchecked with --check false"
     )
+
+
+def _is_there(loader: Loader, python: str) -> bool:
+    wanted = f"import importlib.util as u; raise SystemExit(None in map(u.find_spec, ('numpy', '{loader.package}')))"
     try:
-        found = subprocess.run([python, "-c", wanted], capture_output=True).returncode == 0
+        return subprocess.run([python, "-c", wanted], capture_output=True).returncode == 0
     except OSError as error:
         raise InputError(f"python={python}: can't be run ({error.strerror}); give the path of a Python") from None
-    if not found:
-        raise InputError(
-            f"check=true: {loader.package}, with which the export is read back, is not installed for {python}; "
-            f"{loader.install}, say with --python where it is, or write it unchecked with --check false"
-        )
 
 
 def reload(
@@ -83,6 +88,7 @@ def reload(
     ids: Int[Tensor, "windows tokens"],
     text: str,
     device: torch.device,
+    loader: Loader,
     python: str = sys.executable,
 ) -> Reloaded:
     """Load the export in `folder` with a runtime, in a process of this `python`, and compare with the packed `model`.
@@ -90,11 +96,11 @@ def reload(
     Raises:
         RunError: It does not load, or gives other logits.
     """
-    losses, logits = _ours(model, ids, device, target.dtype)
+    losses, logits = ours(model, ids, device, target.dtype)
     with tempfile.TemporaryDirectory(prefix="ptql-export-") as scratch:
         request, result = Path(scratch) / "windows.npz", Path(scratch) / "result.npz"
         np.savez(request, ids=ids.numpy(), last=LAST)
-        command = [python, "-P", str(SCRIPTS / "measure.py"), str(SCRIPTS / target.loader.script)]
+        command = [python, "-P", str(SCRIPTS / "measure.py"), str(SCRIPTS / loader.script)]
         ended = subprocess.run(
             [*command, str(folder), str(request), str(result)],
             capture_output=True,
@@ -103,7 +109,7 @@ def reload(
         )
         if ended.returncode:
             reason = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise RunError(f"{target.name}: {target.loader.package} could not load the export ({reason})")
+            raise RunError(f"{target.name}: {loader.package} could not load the export ({reason})")
         facts = json.loads(ended.stdout.strip().splitlines()[-1])
         with np.load(result, allow_pickle=False) as found:
             theirs = {name: torch.from_numpy(found[name]) for name in ("losses", "logits")}
@@ -118,21 +124,21 @@ def reload(
         logits_off=(theirs["logits"] - logits).abs().max().item(),
         logits_spread=logits.std().item(),
     )
-    _compare(reloaded, model, target)
+    _compare(reloaded, model, target, loader)
     return reloaded
 
 
-def _compare(found: Reloaded, model: Checkpoint, target: Target) -> None:
+def _compare(found: Reloaded, model: Checkpoint, target: Target, loader: Loader) -> None:
     assert model.packed is not None
     bits = model.packed.activation.bits
-    allowed = max(target.allowed_perplexity, PERPLEXITY[bits])
+    allowed = PERPLEXITY[bits]
     off = found.perplexity_reloaded / found.perplexity - 1
     if not abs(off) <= allowed:
         raise RunError(
             f"{target.name}: {found.loader} reads the export, and its perplexity is {found.perplexity_reloaded:.4f} "
             f"where ours is {found.perplexity:.4f}; at most {allowed:.1%} were allowed, so nothing was written"
         )
-    if bits == 16 and target.exact and not found.logits_off <= LOGITS * found.logits_spread:
+    if bits == 16 and target.exact and loader.exact and not found.logits_off <= LOGITS * found.logits_spread:
         raise RunError(
             f"{target.name}: {found.loader} reads the export, and a logit is {found.logits_off:.4f} off where ours "
             f"have a spread of {found.logits_spread:.4f}; at most {LOGITS:.0%} were allowed, so nothing was written"
@@ -140,7 +146,7 @@ def _compare(found: Reloaded, model: Checkpoint, target: Target) -> None:
 
 
 @torch.no_grad()
-def _ours(
+def ours(
     model: Checkpoint, ids: Tensor, device: torch.device, served: torch.dtype
 ) -> tuple[Tensor, Float[Tensor, "last vocabulary"]]:
     """Losses of each window, and the last logits of the last one, in float32, a block at a time.

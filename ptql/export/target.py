@@ -19,11 +19,13 @@ class Loader:
         script: File in `ptql/export/loaders/` that loads the model and measures it.
         package: What must be installed for it, by its name in Python.
         install: How it gets there.
+        exact: Whether it computes in float32 with what it reads.
     """
 
     script: str
     package: str
     install: str
+    exact: bool = True
 
 
 class Target(ABC):
@@ -34,11 +36,10 @@ class Target(ABC):
     """
 
     name: str
-    loader: Loader
+    loaders: tuple[Loader, ...]
+    """Those that read it; the first one that is installed is taken."""
     exact: bool = True
-    """Whether the loader computes with the weights that were measured, in float32."""
-    allowed_perplexity: float = 0.0
-    """How far perplexity may be off where it is not: a share."""
+    """Whether loaders have the weights that were measured; `check` may find out."""
 
     def __init__(self, dtype: torch.dtype = torch.float16) -> None:
         self.dtype = dtype
@@ -49,6 +50,9 @@ class Target(ABC):
 
         Only settings and, if it must be, scales are looked at: this comes before any long work.
         """
+
+    def check_readable(self, model: Checkpoint) -> None:  # noqa: B027  (most loaders read all that a format holds)
+        """Raise `InputError` if the loader does not read what the format holds; asked where it is to read it back."""
 
     @abstractmethod
     def write(self, model: Checkpoint, folder: Path) -> None:

@@ -85,10 +85,12 @@ class PtqlQuantizer(HfQuantizer):
         from ptql.nn.packed_linear import Packed
 
         fmt = self.quantization_config.format
-        if fmt.activation.quantised or fmt.rounds_attention or fmt.shifted_norms or fmt.added_biases:
+        rounded = fmt.activation.quantised or fmt.rounds_attention or fmt.static is not None
+        if rounded or fmt.shifted_norms or fmt.added_biases or fmt.gathered_norms:
             raise InputError(
-                "dequantize: rounded activations and the biases of learned shifts have no place in the model's own "
-                "architecture; keep it packed, or unpack its blocks in place: `ptql.formats.ptql.unpack_block(model)`"
+                "dequantize: rounded activations, biases of learned shifts and norms that reorder channels have no "
+                "place in the model's own architecture; keep it packed, or unpack it in place: "
+                "`ptql.formats.ptql.unpack_block(model)`"
             )
         for name, layer in list(model.named_modules()):
             if isinstance(layer, Packed):

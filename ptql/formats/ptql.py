@@ -12,16 +12,17 @@ from ptql import __version__
 from ptql.errors import InputError
 from ptql.nn.attention import CACHE_ROUNDING, QUERY_ROUNDING
 from ptql.nn.packed_linear import Packed, PackedLinear
-from ptql.nn.quant_linear import QuantLinear, Rounding, ShiftedNorm
+from ptql.nn.quant_linear import QuantLinear, Rounding, ShiftedNorm, gather_inputs
 from ptql.nn.salient_linear import SalientLinear
+from ptql.nn.static_rounding import attach_grids
 from ptql.parts.activations.dynamic import TokenRounding
-from ptql.recipe import UNQUANTISED, ActivationScheme, IntScheme, LayerSchemes
+from ptql.recipe import UNQUANTISED, ActivationScheme, IntScheme, LayerSchemes, StaticScheme, StaticSite
 
 QUANT_METHOD = "ptql"
 VERSIONS = (1, 2, 3, 4, 5, 6)
 """Of the format: 2 has factors; 3 has layers of other formats, five levels, one bit, and the cache's bits apart; 4 has
-signs beside salient channels; 5 has three levels; 6 has activations without a zero point. Each is written only
-where it is needed, so that older readers have the others."""
+signs beside salient channels; 5 has three levels; 6 has norms that reorder channels, and activations on fixed grids or
+without a zero point. Each is written only where it is needed, so that older readers have the others."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class PackedFormat:
         added_biases: Linear layers that were given a bias.
         factor_rank: Rank of the factors that multiply the weights in `linears`; 0 for none.
         layers: Formats of the weights of layers that differ from `weight`, by `INDEX.LINEAR`.
+        gathered_norms: Norms that read their input's channels in an order of their own.
+        static: What is rounded on fixed grids; nothing is then rounded per token.
         ptql_version: The version that wrote the model.
     """
 
@@ -56,6 +59,8 @@ class PackedFormat:
     added_biases: tuple[str, ...] = ()
     factor_rank: int = 0
     layers: Mapping[str, IntScheme] = field(default_factory=dict)
+    gathered_norms: tuple[str, ...] = ()
+    static: StaticScheme | None = None
     ptql_version: str = __version__
 
     @property
@@ -70,13 +75,15 @@ class PackedFormat:
 
     @property
     def rounds_attention(self) -> bool:
-        """Whether queries, or keys and values, are rounded."""
-        return min(self.query_bits, self.cache_bits) < UNQUANTISED
+        """Whether queries, keys and values, or probabilities, are rounded."""
+        on_grids = self.static is not None and self.static.in_attention
+        return on_grids or min(self.query_bits, self.cache_bits) < UNQUANTISED
 
     @property
     def version(self) -> int:
         """The lowest that holds all that it says."""
-        if self.activation.symmetric and self.activation.quantised:
+        unzeroed = self.activation.symmetric and self.activation.quantised
+        if unzeroed or self.gathered_norms or self.static is not None:
             return 6
         kinds = (self.weight, *self.layers.values())
         if any(s.balanced and s.bits == 1 for s in kinds):
@@ -111,6 +118,10 @@ class PackedFormat:
             described["layers"] = {name: scheme.to_dict() for name, scheme in self.layers.items()}
         if self.factor_rank:
             described["factor_rank"] = self.factor_rank
+        if self.gathered_norms:
+            described["gathered_norms"] = list(self.gathered_norms)
+        if self.static is not None:
+            described["static"] = self.static.to_dict()
         return described
 
     @classmethod
@@ -145,6 +156,8 @@ class PackedFormat:
             added_biases=_names(stored, "added_biases"),
             factor_rank=_rank(stored) if version == 2 or "factor_rank" in stored else 0,
             layers={name: _scheme(layers, name) for name in layers},
+            gathered_norms=_names(stored, "gathered_norms") if "gathered_norms" in stored else (),
+            static=_static(_take(stored, "static", dict)) if "static" in stored else None,
             ptql_version=_take(stored, "ptql_version", str),
         )
 
@@ -158,9 +171,12 @@ def prepare_block(block: nn.Module, fmt: PackedFormat, index: int) -> None:
     Raises:
         InputError: The format names a module that this block does not have.
     """
-    rounding = TokenRounding(fmt.activation.bits, fmt.activation.symmetric) if fmt.activation.quantised else None
+    dynamic = TokenRounding(fmt.activation.bits, fmt.activation.symmetric) if fmt.activation.quantised else None
+    attention = _module(block, fmt.attention)
+    device = next(block.parameters()).device
+    on_grids = {} if fmt.static is None else attach_grids(block, fmt.attention, fmt.static, device)
     for name in fmt.linears:
-        linear = _module(block, name)
+        linear, rounding = _module(block, name), on_grids.get(name, dynamic)
         if not isinstance(linear, nn.Linear):
             raise InputError(f"{name}: a {type(linear).__name__} is not a linear layer; {_REMEDY}")
         if name in fmt.added_biases and linear.bias is None:
@@ -172,7 +188,8 @@ def prepare_block(block: nn.Module, fmt: PackedFormat, index: int) -> None:
             block.set_submodule(name, QuantLinear(linear.weight, linear.bias, rounding))
     for name in fmt.shifted_norms:
         block.set_submodule(name, ShiftedNorm(_module(block, name)))
-    attention = _module(block, fmt.attention)
+    for name in fmt.gathered_norms:
+        gather_inputs(_module(block, name))
     for which, bits in ((QUERY_ROUNDING, fmt.query_bits), (CACHE_ROUNDING, fmt.cache_bits)):
         if bits < UNQUANTISED:
             setattr(attention, which, TokenRounding(bits))
@@ -230,6 +247,18 @@ def _scheme(stored: Mapping[str, Any], key: str) -> IntScheme:
         salient_bits=_take(found, "salient_bits", int) if "salient" in found else 4,
         scale_dtype=_take(found, "scale_dtype", str) if "scale_dtype" in found else "float16",
     )
+
+
+def _static(stored: Mapping[str, Any]) -> StaticScheme:
+    """What is rounded on fixed grids."""
+    sites = _take(stored, "sites", dict)
+    return StaticScheme({name: _site(sites, name) for name in sites}, _take(stored, "softmax_bits", int))
+
+
+def _site(stored: Mapping[str, Any], key: str) -> StaticSite:
+    found = _take(stored, key, dict)
+    numbers = {name: _take(found, name, int) for name in ("bits", "rows", "width", "clusters")}
+    return StaticSite(**numbers, linears=_names(found, "linears"))
 
 
 def _rank(stored: Mapping[str, Any]) -> int:

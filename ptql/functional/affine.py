@@ -195,18 +195,29 @@ def encode(
 ) -> tuple[UInt8[Tensor, "out in"], Float[Tensor, "out g"], UInt8[Tensor, "out g"] | None]:
     """Codes, float16 scales and zero points (None if symmetric) of weights `w` on the given ranges.
 
-    The scale is rounded to float16 first and everything else computed from the rounded one, so that what is
-    stored is exactly what `dequantize` gives back. With `scale_dtype` bfloat16 it is a float16 number that bfloat16
-    holds, too.
+    Codes are those on the grid that is stored, so that what is stored is exactly what `dequantize` gives back.
     """
-    scale, zero = scale_and_zero(low, high, levels, symmetric)
-    stored = scale.to(scale_dtype).half()
-    scale = stored.to(w.dtype)
-    if not symmetric:
-        zero = zero_point(low, scale, levels - 1)
+    scale, zero = stored_grid(low, high, levels, symmetric, scale_dtype)
     codes = (grouped(w, columns) / scale).round_().add_(zero).clamp_(0, levels - 1)
     codes = ungrouped(codes, w.shape[1]).to(torch.uint8)
-    return codes, stored.squeeze(-1), None if symmetric else zero.squeeze(-1).to(torch.uint8)
+    return codes, scale.half().squeeze(-1), None if symmetric else zero.squeeze(-1).to(torch.uint8)
+
+
+def stored_grid(
+    low: Float[Tensor, "*rows 1"],
+    high: Float[Tensor, "*rows 1"],
+    levels: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype = torch.float16,
+) -> tuple[Float[Tensor, "*rows 1"], Float[Tensor, "*rows 1"]]:
+    """Step size and zero point as they are stored: the step is a number of float16, in the dtype of `low`.
+
+    It is rounded first, and the zero point computed from the rounded one. With `scale_dtype` bfloat16 it is a number
+    that bfloat16 holds, too.
+    """
+    scale, zero = scale_and_zero(low, high, levels, symmetric)
+    scale = scale.to(scale_dtype).half().to(low.dtype)
+    return scale, zero if symmetric else zero_point(low, scale, levels - 1)
 
 
 def dequantize(

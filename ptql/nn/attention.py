@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from transformers.masking_utils import sdpa_mask
 NAME = "ptql"
 QUERY_ROUNDING, CACHE_ROUNDING = "query_rounding", "cache_rounding"
 """The attributes of an attention module that hold what rounds its queries, and its keys and values, after RoPE."""
+
+STATIC = "static_rounding"
+"""The attribute of an attention module that holds what rounds on fixed grids (`ptql.nn.static_rounding`)."""
 
 PROBE = "attention_probe"
 """The attribute of an attention module that holds what looks at its probabilities (`ptql.nn.attention_probe`)."""
@@ -50,9 +54,9 @@ def rounded_attention(
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention on rounded q, k, v of [batch, heads, tokens, head size].
 
-    Each token of each head is one vector to round; the softmax output is not rounded. Without a mask, and with
-    more than one query, attention is causal: transformers leaves the mask out exactly then. A sliding window is
-    in the mask.
+    Each token of each head is one vector to round, or each channel has a fixed grid; the softmax output is rounded
+    with fixed grids only. Without a mask, and with more than one query, attention is causal: transformers leaves the
+    mask out exactly then. A sliding window is in the mask.
 
     Raises:
         NotImplementedError: The model asks for something that would be left out, such as attention sinks.
@@ -64,6 +68,9 @@ def rounded_attention(
         query = rounding(query)
     if (rounding := getattr(module, CACHE_ROUNDING, None)) is not None:
         key, value = rounding(key), rounding(value)
+    static = getattr(module, STATIC, None)
+    if static is not None:
+        query, key, value = static.round(query, key, value)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = attention_mask is None and query.shape[2] > 1 and bool(is_causal)
@@ -75,11 +82,15 @@ def rounded_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     repeats = query.shape[1] // key.shape[1]
-    grouped = query.is_cuda and query.dtype in FLASH and softcap is None and attention_mask is None
+    shares_rounding = None if static is None else static.probabilities
+    written_out = softcap is not None or shares_rounding is not None
+    grouped = query.is_cuda and query.dtype in FLASH and not written_out and attention_mask is None
     if repeats > 1 and not grouped:  # `enable_gqa` falls back to the slow kernel in float32 on CUDA
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    if softcap is not None:
-        mixed = softcapped_attention(query, key, value, attention_mask, dropout, causal, scaling, softcap)
+    if written_out:
+        mixed = written_out_attention(
+            query, key, value, attention_mask, dropout, causal, scaling, softcap, shares_rounding
+        )
     else:
         mixed = F.scaled_dot_product_attention(
             query,
@@ -94,7 +105,7 @@ def rounded_attention(
     return mixed.transpose(1, 2).contiguous(), None
 
 
-def softcapped_attention(
+def written_out_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -102,15 +113,18 @@ def softcapped_attention(
     dropout: float,
     causal: bool,
     scaling: float | None,
-    softcap: float,
+    softcap: float | None = None,
+    shares_rounding: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Attention whose scores are squashed into (-softcap, softcap) by tanh before masking (Gemma 2, section 2).
+    """Attention whose scores are squashed into (-softcap, softcap) by tanh before masking (Gemma 2, section 2), and
+    whose probabilities are rounded.
 
-    Torch's fused attention can't do that: all scores [batch, heads, queries, keys] are in memory here. The
+    Torch's fused attention can't do either: all scores [batch, heads, queries, keys] are in memory here. The
     softmax is in float32 at least, as in transformers.
     """
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = torch.tanh(scores / softcap) * softcap
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if causal:
         mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None and mask.dtype == torch.bool:
@@ -118,8 +132,9 @@ def softcapped_attention(
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    shares = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    return F.dropout(shares, dropout) @ value
+    shares = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    shares = shares if shares_rounding is None else shares_rounding(shares)
+    return F.dropout(shares.to(query.dtype), dropout) @ value
 
 
 def _refuse_unheard(others: dict[str, Any]) -> None:

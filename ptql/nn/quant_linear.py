@@ -38,6 +38,10 @@ class SharedRounding:
             self._input = self._rounded = None
         return rounded
 
+    def apart(self, x: Tensor) -> Tensor:
+        """The same for one who only looks on, and is none of the readers."""
+        return self._rounding(x)
+
 
 class MergedProduct:
     """One matrix product for all linear layers that read the same input, called one after the other with it.
@@ -113,6 +117,12 @@ class QuantLinear(nn.Module):
     def out_features(self) -> int:
         return self.weight.shape[0]
 
+    def multiplied(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with where the input is `x`, for one who looks on."""
+        if isinstance(self.rounding, SharedRounding):
+            return self.rounding.apart(x)
+        return x if self.rounding is None else self.rounding(x)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.signed is not None and self.signed.on:
             made = self.signed(x if self.rounding is None else self.rounding(x))
@@ -141,3 +151,25 @@ class ShiftedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x) + self.bias
+
+
+ORDER = "order"
+"""The buffer of a norm that says which channel comes where, int32 [hidden]."""
+
+
+def gather_inputs(norm: nn.Module) -> None:
+    """Let `norm`, in place, read its input's channels in the order of a buffer, at first as they are.
+
+    A norm's statistics do not depend on an order, so one whose weight and bias are in the same order gives its old
+    output in that order, and what is folded into it still meets the columns that read it. It is a hook rather than
+    a stand-in, as the names of weight and bias would change with one.
+    """
+    weight = next(norm.parameters())
+    norm.register_buffer(ORDER, torch.arange(weight.shape[0], dtype=torch.int32, device=weight.device))
+    norm.register_forward_pre_hook(_gather)
+
+
+def _gather(norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    order = norm.order
+    assert isinstance(order, Tensor)
+    return (args[0].index_select(-1, order), *args[1:])

@@ -11,11 +11,12 @@ from torch.func import functional_call
 
 from ptql.families import BlockLayout
 from ptql.nn.attention import CACHE_ROUNDING, QUERY_ROUNDING
-from ptql.nn.quant_linear import MergedProduct, QuantLinear, Rounding, SharedRounding, ShiftedNorm
+from ptql.nn.quant_linear import MergedProduct, QuantLinear, Rounding, SharedRounding, ShiftedNorm, gather_inputs
+from ptql.nn.static_rounding import attach_grids
 from ptql.nn.transfer import Writer, batches_on
 from ptql.parts.activations import ActivationQuantizer
 from ptql.parts.transforms import AddedBiases, Weights
-from ptql.recipe import ActivationScheme
+from ptql.recipe import ActivationScheme, StaticScheme
 
 
 def biased_linears(block: nn.Module, layout: BlockLayout) -> frozenset[str]:
@@ -30,17 +31,22 @@ def make_student(
     rounding: ActivationQuantizer,
     scheme: ActivationScheme,
     kernels: bool = False,
+    gathered: frozenset[str] = frozenset(),
+    static: StaticScheme | None = None,
 ) -> nn.Module:
     """Swap stand-ins into `block`, in place, and return it: added biases are zero, activations are rounded.
 
-    With `kernels`, rounding is one kernel on a GPU, forward and backward.
+    With `kernels`, rounding is one kernel on a GPU, forward and backward. Norms in `gathered` can read their input in
+    another order. Grids that `static` describes are empty.
     """
 
     def fused(rounds: Rounding | None) -> Rounding | None:
         return rounding.fused(rounds) if kernels and rounds is not None else rounds
 
+    device = next(block.parameters()).device
+    on_grids = {} if static is None else attach_grids(block, layout.attention.module, static, device)
     for group in layout.linears:
-        rounds = fused(rounding.for_linear(group[0], scheme))
+        rounds = on_grids.get(group[0]) or fused(rounding.for_linear(group[0], scheme))
         shared = None if rounds is None else SharedRounding(rounds, readers=len(group))
         linears = []
         for name in group:
@@ -57,6 +63,8 @@ def make_student(
                 linear.merged = (product, index)
     for name in added.norms:
         block.set_submodule(name, ShiftedNorm(block.get_submodule(name)))
+    for name in sorted(gathered):
+        gather_inputs(block.get_submodule(name))
     attention = block.get_submodule(layout.attention.module)
     setattr(attention, QUERY_ROUNDING, fused(rounding.for_attention(scheme)))
     setattr(attention, CACHE_ROUNDING, fused(rounding.for_cache(scheme)))

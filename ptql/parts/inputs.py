@@ -32,3 +32,25 @@ class InputRange:
     @property
     def absmax(self) -> Tensor:
         return self.low.abs().maximum(self.high.abs())
+
+    def taken(self, order: Tensor) -> InputRange:
+        """The same of channels in another order."""
+        return InputRange(self.low[order], self.high[order], self.middle[order], self.mean[order])
+
+
+@dataclass(frozen=True)
+class SiteRange:
+    """What each sample showed at a site of a block, per channel: each [samples, rows, width], rows are heads or 1.
+
+    Args:
+        low: Smallest values.
+        high: Largest values.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Largest and smallest value over all samples, each [rows, width]."""
+        return self.high.amax(0), self.low.amin(0)

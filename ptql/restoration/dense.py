@@ -53,5 +53,7 @@ def dense_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 def why_not_dense(fmt: PackedFormat) -> str | None:
     """What a plain model of the family has no place for; None if it has one for everything."""
+    if fmt.gathered_norms or fmt.static is not None:
+        return "channels in an order of their own, and activations on fixed grids"
     added = [*fmt.shifted_norms, *fmt.added_biases]
     return f"biases that the family does not have ({', '.join(added)})" if added else None

@@ -30,7 +30,7 @@ from ptql.formats.vllm import (
     served_zero,
 )
 from ptql.nn.packed_linear import PackedLinear, dense_from_packed
-from ptql.recipe import ActivationScheme, IntScheme
+from ptql.recipe import ActivationScheme, IntScheme, StaticScheme
 from tests.formats import vllm_standin
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -171,12 +171,14 @@ W4 = IntScheme(4, 32, symmetric=False)
         (fmt_of(W4, added_biases=("mlp.up_proj",)), "no place for the biases that learned shifts"),
         (fmt_of(W4, activation=ActivationScheme(8, symmetric=True), qkv=False), "rounded to 8 bits.*compressed-tens"),
         (fmt_of(W4, activation=ActivationScheme(16, kv_bits=4)), "queries, keys or values are rounded"),
+        (fmt_of(W4, static=StaticScheme({}, 8)), "fixed grids of clusters"),
+        (fmt_of(W4, gathered_norms=("input_layernorm",)), "no norms that reorder channels"),
         (fmt_of(W4, factor_rank=1), "no place for factors"),
         (fmt_of(IntScheme(1, salient=0.2)), r"signs and salient channels \(all layers\); .*--format dense"),
         (fmt_of(W4, layers={"0.mlp.up_proj": IntScheme(2, balanced=True)}), r"5 levels \(0\.mlp\.up_proj\)"),
         (fmt_of(IntScheme(1, 64)), "no kernel reads codes of 1 bit"),
     ],
-    ids=["norms", "biases", "activations", "cache", "factors", "salient", "levels", "one_bit"],
+    ids=["norms", "biases", "activations", "cache", "grids", "order", "factors", "salient", "levels", "one_bit"],
 )
 def test_what_vllm_can_not_do_is_refused(config: Any, fmt: PackedFormat, said: str) -> None:
     with pytest.raises(InputError, match=f"vLLM.*{said}"):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 
+from torch import nn
+
+from ptql.families import BlockLayout
 from ptql.nn.quant_linear import Rounding
-from ptql.recipe import ActivationScheme
+from ptql.recipe import ActivationScheme, StaticScheme
 
 
 class ActivationQuantizer(ABC):
@@ -30,3 +34,17 @@ class ActivationQuantizer(ABC):
     def fused(self, rounding: Rounding) -> Rounding:
         """The same rounding by GPU kernels where there are any; what is returned must round alike."""
         return rounding
+
+    def static_scheme(
+        self, block: nn.Module, layout: BlockLayout, scheme: ActivationScheme, clusters: Mapping[str, int]
+    ) -> StaticScheme | None:
+        """What is rounded on fixed grids in a block, instead of the above; None where nothing is. Who finds them asks a
+        `StaticClusters`, or a class of its kind, how.
+
+        Args:
+            block: One of the model, for its shapes.
+            layout: Of the block.
+            scheme: Bits.
+            clusters: Of channels at most, by site; 1 where it is not said.
+        """
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ptql.families import BlockLayout
 from ptql.functional.scaled import Scaled
-from ptql.parts.inputs import InputRange
+from ptql.parts.inputs import InputRange, SiteRange
 from ptql.recipe import ActivationScheme, IntScheme
 
 Matrix = Tensor | Scaled
@@ -30,6 +31,8 @@ class BlockFacts:
         ranges: By name of the linear layer.
         index: Of the block, from 0.
         total: Number of blocks.
+        sites: What the full-precision block showed on the quantised stream, by site (`ptql.nn.static_rounding`); None
+            unless a transform `watches` it, and where a block is finished already.
     """
 
     layout: BlockLayout
@@ -37,6 +40,7 @@ class BlockFacts:
     ranges: dict[str, InputRange]
     index: int
     total: int
+    sites: Mapping[str, SiteRange] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,15 @@ class TransformState(nn.Module, ABC):
     takes_scaled = False
     """Whether `forward` takes `Scaled` matrices beside tensors, and only scales them; others are given tensors."""
 
+    @property
+    def labels(self) -> dict[str, Tensor]:
+        """The cluster of each channel as the block has them now, [rows, width], by site; for fixed grids."""
+        return {}
+
+    def after(self, facts: BlockFacts) -> BlockFacts:
+        """What parts that come later are told of the block; other than `facts` where channels change places."""
+        return facts
+
     @abstractmethod
     def forward(self, weights: Weights) -> Weights:
         """New weights, differentiable in the learnables; the given dictionary is not changed."""
@@ -73,6 +86,9 @@ class TransformState(nn.Module, ABC):
 class Transform(ABC):
     """The settings of a transform, as in a recipe. Its settings are its constructor's arguments."""
 
+    watches = False
+    """Whether it has to know `BlockFacts.sites`, which takes a pass more over each block."""
+
     def applies(self, weight: IntScheme, activation: ActivationScheme) -> bool:
         """Whether the recipe's number formats call for this transform."""
         return True
@@ -80,6 +96,18 @@ class Transform(ABC):
     def added_biases(self, layout: BlockLayout, biased: frozenset[str]) -> AddedBiases:
         """The biases it needs. `biased`: the linear layers that have one of their own."""
         return AddedBiases()
+
+    def gathered_norms(self, layout: BlockLayout) -> frozenset[str]:
+        """The norms whose input it wants in another order, which its `forward` gives beside their weights.
+
+        Raises:
+            InputError: The layout has no place for what it does.
+        """
+        return frozenset()
+
+    def site_clusters(self) -> dict[str, int]:
+        """Clusters of channels that it makes at most, by site; for fixed grids."""
+        return {}
 
     @abstractmethod
     def for_block(self, facts: BlockFacts) -> TransformState:

@@ -1,5 +1,6 @@
 from ptql.parts.weights.affine import Affine
 from ptql.parts.weights.base import LinearQuantizer, WeightQuantizer
+from ptql.parts.weights.gptq import Gptq
 from ptql.parts.weights.salient_binary import SalientBinary
 
-__all__ = ["Affine", "LinearQuantizer", "SalientBinary", "WeightQuantizer"]
+__all__ = ["Affine", "Gptq", "LinearQuantizer", "SalientBinary", "WeightQuantizer"]

@@ -66,8 +66,12 @@ class Affine(WeightQuantizer):
     def for_linear(
         self, name: str, weight: Tensor, scheme: IntScheme, inputs: InputRange | None = None
     ) -> LinearQuantizer:
-        initial = None if not self.clip else USUAL if self.initial == "search" else self.initial
-        return AffineLinear(weight.shape[0], weight.shape[1], scheme, initial, self.lr, self.factor_rank)
+        return AffineLinear(weight.shape[0], weight.shape[1], scheme, self.first_logit, self.lr, self.factor_rank)
+
+    @property
+    def first_logit(self) -> float | None:
+        """What clipping begins with, before any search; None without it."""
+        return None if not self.clip else USUAL if self.initial == "search" else self.initial
 
 
 class AffineLinear(LinearQuantizer):

@@ -42,6 +42,10 @@ class LinearQuantizer(nn.Module, ABC):
     def encode(self, w: Tensor) -> dict[str, Tensor]:
         """What is stored for `w` [out, in]: packed codes and whatever decodes them, by tensor name."""
 
+    def encode_on(self, w: Tensor, moments: Tensor) -> dict[str, Tensor]:
+        """As `encode`, where `moments` [in, in] are known: 2 E[x x^T] of the inputs that `w` will multiply."""
+        return self.encode(w)
+
     @abstractmethod
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         """The float32 weights [out, in] that stored tensors stand for, exactly as a loaded model has them."""
@@ -58,6 +62,8 @@ class WeightQuantizer(ABC):
     """Whether its quantisers give a gradient to weights that transforms fold."""
     chooses_channels: bool = False
     """Whether sizes of inputs decide how a channel is stored."""
+    wants_moments: bool = False
+    """Whether its quantisers encode by second moments of inputs (`encode_on`), a pass of the block for each input."""
 
     def check(self, schemes: LayerSchemes) -> None:
         """Raise `InputError` unless it can round to these formats."""

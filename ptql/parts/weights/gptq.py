@@ -1,0 +1,92 @@
+"""GPTQ (ICLR 2023): codes that make up for each other's errors on the inputs that were seen."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ptql.errors import check_number
+from ptql.functional import affine, gptq
+from ptql.functional.factored import factor
+from ptql.nn.packed_linear import packed_tensors, stored_half
+from ptql.parts.inputs import InputRange
+from ptql.parts.weights.affine import USUAL, Affine, AffineLinear
+from ptql.parts.weights.base import LinearQuantizer
+from ptql.recipe import IntScheme
+
+LEAST_DAMPING, MOST_DAMPING = 1e-6, 1.0
+
+
+class Gptq(Affine):
+    """Grids as those of `Affine`, learned in the same way if anything is learned; codes by GPTQ once that is done.
+
+    While learning, weights are rounded to nearest. At a block's end its matrices are encoded in order of execution,
+    each on the inputs that the ones before it, encoded, lead to: a pass of the block for every input. What is stored
+    is as with `Affine`.
+
+    Args:
+        clip: Learn a share of the range, separately above and below zero, for each group.
+        initial: Logit to start from: sigmoid(4) = 0.982 of the range (OmniQuant). Or `search`: the share that rounds
+            each group with the least squared error.
+        lr: Learning rate of the logits and of the factors.
+        factor_rank: Learn a factor of this rank for each matrix, as in `Affine`; 0 for none.
+        damping: Added to the diagonal of the inputs' second moments, in parts of its mean (the original's percdamp).
+        act_order: Round the columns with the largest inputs first (off in the original, if nothing is said). Scales
+            stay those of neighbouring columns, so that nothing else is stored and loaded models are no slower.
+    """
+
+    wants_moments = True
+
+    def __init__(
+        self,
+        clip: bool = True,
+        initial: float | Literal["search"] = USUAL,
+        lr: float = 1e-2,
+        factor_rank: int = 0,
+        damping: float = 0.01,
+        act_order: bool = True,
+    ) -> None:
+        super().__init__(clip, initial, lr, factor_rank)
+        rule = f"a part of the diagonal's mean from {LEAST_DAMPING:g} to {MOST_DAMPING:g}; 0.01 is usual"
+        check_number("damping", damping, LEAST_DAMPING, MOST_DAMPING, rule)
+        self.damping = damping
+        self.act_order = act_order
+
+    def for_linear(
+        self, name: str, weight: Tensor, scheme: IntScheme, inputs: InputRange | None = None
+    ) -> LinearQuantizer:
+        rows, row = weight.shape
+        learned = self.first_logit, self.lr, self.factor_rank
+        return GptqLinear(rows, row, scheme, *learned, damping=self.damping, act_order=self.act_order)
+
+
+class GptqLinear(AffineLinear):
+    """`AffineLinear` of a [out, in] matrix, with another choice of codes where second moments of inputs are known."""
+
+    def __init__(self, *args: Any, damping: float, act_order: bool) -> None:
+        super().__init__(*args)
+        self.damping = damping
+        self.act_order = act_order
+
+    def encode_on(self, w: Tensor, moments: Tensor) -> dict[str, Tensor]:
+        s = self.scheme
+        columns = s.columns(self.row)
+        factors = gain = None
+        if self.left is not None and self.right is not None:
+            factors = self.left, self.right
+            gain = factor(*(stored_half(part).view(torch.float16).float() for part in factors))
+        codes, scale, zero = gptq.encode(
+            w,
+            moments,
+            *self._range(affine.grouped(w, columns)),
+            s.levels,
+            columns,
+            s.symmetric,
+            damping=self.damping,
+            act_order=self.act_order,
+            gain=gain,
+            scale_dtype=getattr(torch, s.scale_dtype),
+        )
+        return packed_tensors(codes, scale, zero, s.levels, factors)

@@ -1,0 +1,114 @@
+"""Exports that are killed or found wrong leave nothing under their name, and what reads them back needs no ptql."""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from ptql.cli import main
+from ptql.export.compressed_tensors import CompressedTensors
+from ptql.export.dense import Dense
+from ptql.export.layers import IntLayer
+from ptql.export.reload import SCRIPTS
+from tests.export.exported import CPU, RTN, fit, left, loaded, logits, plain_model, save_exact_source, weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parents[2]
+SLOWLY = """
+import sys, time
+from ptql.cli import main
+from ptql.export.directory import DirectoryTarget
+parts = DirectoryTarget.parts
+def slow(self, model, index):
+    open(sys.argv[1], "w").close()
+    time.sleep({seconds} if index else 0)
+    return parts(self, model, index)
+DirectoryTarget.parts = slow
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    save_exact_source(folder)
+    return fit(folder, "RUN", *RTN, *weights(4, True))
+
+
+def command(run: Path, out: Path) -> list[str]:
+    return ["export", str(run), "--out", str(out), "--text", str(run.parent / "words.txt"), "--length", "32", *CPU]
+
+
+def killed(folder: Path, args: list[str], seconds: int, until: Path) -> None:
+    """Kill the command, and what it started, when a file is there."""
+    code = [sys.executable, "-c", SLOWLY.format(seconds=seconds), str(folder / "writes"), *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(code, env=environment, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+        while not until.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_killed_export_has_no_name_and_the_same_command_succeeds(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    killed(tmp_path, command(run, out), 600, tmp_path / "writes")  # while blocks are written
+    assert not out.exists()
+    (tmp_path / "writes").unlink()
+    killed(tmp_path, command(run, out), 0, tmp_path / ".out.tmp/config.json")  # all but the check and the card
+    assert not out.exists()
+    assert ".out.tmp" in left(tmp_path)
+    assert main(command(run, out)) == 0
+    assert left(tmp_path) == {"out", "writes"}
+    assert left(out) >= {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    assert logits(loaded(out)).equal(logits(plain_model(run)))
+
+
+def test_other_logits_leave_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = CompressedTensors.layer
+
+    def wrong(self: CompressedTensors, layer: IntLayer) -> dict[str, Tensor]:
+        stored = right(self, layer)
+        return {**stored, "weight_scale": -stored["weight_scale"]}
+
+    monkeypatch.setattr(CompressedTensors, "layer", wrong)
+    assert main(command(run, tmp_path / "out")) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("ptql: error: compressed-tensors: transformers ")
+    assert "so nothing was written" in said
+    assert left(tmp_path) == set()
+
+
+def test_an_export_that_does_not_load_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = Dense.parts
+
+    def fewer(self: Dense, model, index: int):
+        return (part for part in right(self, model, index) if part[0] != "self_attn.q_proj.weight")
+
+    monkeypatch.setattr(Dense, "parts", fewer)
+    assert main([*command(run, tmp_path / "out"), "--format", "dense"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "dense: transformers could not load the export (the tensors are not those of the model" in said
+    assert "model.layers.0.self_attn.q_proj.weight" in said
+    assert left(tmp_path) == set()
+
+
+def test_loaders_import_nothing_of_ptql() -> None:
+    for file in SCRIPTS.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] in ("ptql", "") for name in names), file
