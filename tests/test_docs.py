@@ -14,7 +14,7 @@ from ptql.cli import main
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-OTHERS = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--logdir"}
+OTHERS = {"--no-deps", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--logdir"}
 OTHERS |= {"--aug_loss", "--true-sequential", "--static-groups"}
 """Options of torchrun and TensorBoard, and some of the originals."""
 BESIDE_HELP = {"--text.NAME", "--print_config", "--help"}

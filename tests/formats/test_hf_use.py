@@ -424,6 +424,18 @@ def test_lora_that_reads_weights_is_refused(tmp_path: Path, asked: dict) -> None
         with_lora(model, ["q_proj"], **asked)
 
 
+def test_layers_of_16_bits_learn_where_nothing_is_rounded(tmp_path: Path) -> None:
+    sixteen = {"0.self_attn.q_proj": IntScheme(16)}
+    plain = load(write(tmp_path / "plain", fmt_of(W4, layers=sixteen)))
+    assert type(plain.model.layers[0].self_attn.q_proj) is nn.Linear
+    losses = learn(with_lora(plain, ["q_proj"]))
+    assert losses[-1] < losses[0]
+    rounded = load(write(tmp_path / "rounded", fmt_of(W4, activation=8, layers=sixteen)))
+    with pytest.raises(ValueError, match=r"QuantLinear.* is not supported"):
+        with_lora(rounded, ["q_proj"])
+    assert sum("lora_A" in name for name, _ in with_lora(rounded).named_parameters()) == 13
+
+
 def test_lora_is_merged_into_the_unpacked_model(tmp_path: Path) -> None:
     directory = write(tmp_path / "model", fmt_of(W4))
     model = with_lora(load(directory), ["q_proj", "down_proj"])
