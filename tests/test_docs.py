@@ -16,7 +16,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").r
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 OTHERS = {"--no-deps", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--logdir"}
 OTHERS |= {"--aug_loss", "--true-sequential", "--static-groups"}
-"""Options of torchrun and TensorBoard, and some of the originals."""
+"""Options of pip, torchrun and TensorBoard, and some of the originals."""
 BESIDE_HELP = {"--text.NAME", "--print_config", "--help"}
 OWN = {"--model.objective.skip", "--model.activation_quantizer.keep"}  # of the pages' example parts
 

@@ -1,13 +1,14 @@
 """Lets vLLM read packed models: what it can multiply, as tensors of its own `pack-quantized` layers.
 
 vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). This file holds what can be said
-without vLLM; the classes that it wants are in `ptql.formats.vllm_layers`, which alone imports it. They are written
+without vLLM; the classes that it wants are in `vllm_config` and `vllm_layers`, which alone import it. They are written
 after the source of vLLM 0.33.0 and have not run under vLLM: `ptql export --format compressed-tensors` makes a
 directory that needs none of this.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,15 +30,21 @@ from ptql.recipe import IntScheme
 TARGET = "vLLM"
 RENAMED = {".codes": ".weight_packed", ".scale": ".weight_scale", ".zero": ".weight_zero_point"}
 """Ends of the names of stored tensors, as vLLM's layer has them."""
-EXPORT = "or serve what `ptql export RUN --format compressed-tensors` writes"
+EXPORT = "serve what `ptql export RUN --format compressed-tensors` writes"
 
 
 def register() -> None:
-    """Make `quant_method: ptql` known to vLLM. Calling it again is harmless."""
-    from vllm.model_executor.layers.quantization import register_quantization_config
+    """Make `quant_method: ptql` known to vLLM. Calling it again is harmless.
 
-    from ptql.formats.vllm_layers import ServedConfig
+    A vLLM that this was not written for is left as it is, with a warning: an error would end it, whatever it serves.
+    """
+    try:
+        from vllm.model_executor.layers.quantization import register_quantization_config
 
+        from ptql.formats.vllm_config import ServedConfig
+    except ImportError as error:
+        logging.getLogger(__name__).warning("ptql: not the vLLM that its plug-in knows (%s); %s", error, EXPORT)
+        return
     register_quantization_config("ptql")(ServedConfig)
 
 
@@ -131,7 +138,7 @@ def check_part(part: Part, scheme: IntScheme) -> None:
     if not scheme.symmetric and cut and any(rows * scheme.bits % 32 for rows in part.rows):
         raise InputError(
             f"{part.name}: zero points of {', '.join(map(str, part.rows))} rows of {scheme.bits} bits don't fill "
-            f"words of 32 bits; use a smaller --tensor-parallel-size, {EXPORT}"
+            f"words of 32 bits; use a smaller --tensor-parallel-size, or {EXPORT}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The classes by which vLLM 0.33 reads packed models; see `ptql.formats.vllm`, which imports them when vLLM asks.
+"""The layer by which vLLM 0.33 multiplies packed weights; see `ptql.formats.vllm`.
 
 Nothing is computed here: vLLM's own `CompressedTensorsWNA16` makes the parameters, chooses the kernel and multiplies.
 What is added is how a stored tensor becomes one of its parameters, on the way in.
@@ -12,68 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16
-from vllm.model_executor.models.utils import WeightsMapper
 
-from ptql.formats.ptql import PackedFormat
-from ptql.formats.vllm import (
-    RENAMED,
-    Part,
-    check_part,
-    scheme_of,
-    served_codes,
-    served_format,
-    served_scale,
-    served_zero,
-)
+from ptql.formats.vllm import Part, check_part, served_codes, served_scale, served_zero
 from ptql.recipe import IntScheme
-
-
-class ServedConfig(QuantizationConfig):
-    """`quantization_config` of a packed model, as vLLM wants it.
-
-    Args:
-        fmt: How the model is packed.
-    """
-
-    def __init__(self, fmt: PackedFormat) -> None:
-        super().__init__()
-        self.format = fmt
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> ServedConfig:
-        return cls(served_format(config))
-
-    def get_name(self) -> str:
-        return "ptql"
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.float16, torch.bfloat16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return CompressedTensorsWNA16.get_min_capability()
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []  # all is in config.json
-
-    @staticmethod
-    def get_checkpoint_weight_mapper() -> WeightsMapper:
-        return QuantizationConfig.get_checkpoint_weight_mapper() | WeightsMapper(orig_to_new_suffix=RENAMED)
-
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        if not isinstance(layer, LinearBase):
-            return None
-        scheme = scheme_of(self.format, prefix, self.packed_modules_mapping)
-        if scheme is None:
-            return UnquantizedLinearMethod()
-        layer.scheme = Served(scheme, prefix)
-        # vLLM tells how to load a layer's tensors by the name of this class, so it is the class itself.
-        return CompressedTensorsLinearMethod(self)
 
 
 class Served(CompressedTensorsWNA16):

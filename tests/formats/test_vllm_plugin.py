@@ -209,6 +209,15 @@ def test_parts_that_do_not_fit_are_refused(scheme: IntScheme, changed: dict[str,
     check_part(replace(PART, dtype=torch.bfloat16), replace(W4, scale_dtype="bfloat16"))
 
 
+def test_another_vllm_is_left_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    vllm_standin.install(monkeypatch)
+    monkeypatch.delattr(sys.modules["vllm.model_executor.layers.quantization.base_config"], "QuantizationConfig")
+    register()
+    assert vllm_standin.REGISTERED == {}
+    assert "cannot import name 'QuantizationConfig'" in caplog.text
+    assert "ptql export RUN --format compressed-tensors" in caplog.text
+
+
 def test_the_entry_point_is_this_function_and_needs_no_vllm_to_be_imported() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     module, _, name = project["entry-points"]["vllm.general_plugins"]["ptql"].partition(":")

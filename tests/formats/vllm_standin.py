@@ -1,4 +1,4 @@
-"""As much of vLLM 0.33 as `ptql.formats.vllm_layers` touches, after its source: names, signatures, shapes, sharding.
+"""As much of vLLM 0.33 as ptql's plug-in touches, after its source: names, signatures, shapes, sharding.
 
 It multiplies by unpacking, where vLLM has kernels.
 """
@@ -222,4 +222,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         for thing in things:
             setattr(module, thing.__name__, thing)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "ptql.formats.vllm_layers", raising=False)
+    for name in ("vllm_config", "vllm_layers"):
+        monkeypatch.delitem(sys.modules, f"ptql.formats.{name}", raising=False)
