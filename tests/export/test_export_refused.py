@@ -17,7 +17,6 @@ from tests.models import llama_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CT = "compressed-tensors"
-UNCHECKED = ("--check", "false")
 W4A8 = (*RTN, "-c", "schemes/w4a8")
 SYMMETRIC = ("--model.weight.symmetric", "true", "--model.activation.symmetric", "true")
 ATTENTION = ("--model.activation_quantizer", "DynamicTokens", "--model.activation_quantizer.qkv", "false")
@@ -99,6 +98,7 @@ def test_options(home: Path, capfd: pytest.CaptureFixture[str], args: list[str],
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        ([], "has no place for the biases"),
         (["--dtype", "int8"], "dtype=int8: one of auto, float16, bfloat16, float32 is needed"),
         (["--dtype", "float32"], "dtype=.*float32: compressed-tensors is served in float16 or bfloat16"),
         (["--python", "nowhere/python"], r"python=nowhere/python: can't be run \(No such file"),
@@ -110,7 +110,7 @@ def test_options(home: Path, capfd: pytest.CaptureFixture[str], args: list[str],
 def test_options_of_a_run(
     home: Path, runs: Runs, capfd: pytest.CaptureFixture[str], args: list[str], message: str
 ) -> None:
-    run = runs(*RTN)
+    run = runs(*(LRQUANT if not args else RTN))
     (home / "short.txt").write_text("w1 w2 w3")
     with pytest.raises(InputError, match=message):
         raise InputError(refused(home, capfd, str(run), "--out", "out", *args))
@@ -180,17 +180,12 @@ SHIFT, GROUPS = ("--model.transforms.shift", "biased"), "--model.weight.group_si
     ],
 )  # fmt: skip
 def test_the_remedy_works(
-    home: Path,
-    runs: Runs,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    target: str,
-    options: tuple[str, ...],
-    message: str,
-    remedy: tuple[str, ...],
+    runs: Runs, tmp_path: Path, target: str, options: tuple[str, ...], message: str, remedy: tuple[str, ...]
 ) -> None:
-    with pytest.raises(InputError, match=message):
-        raise InputError(refused(home, capfd, str(runs(*options)), "--out", "out", "--format", target, *UNCHECKED))
+    with pytest.raises(InputError, match=message) as told:
+        exported(runs(*options), tmp_path / "out", target)
+    assert "\n" not in str(told.value)
+    assert not list(tmp_path.iterdir())
     replaces = remedy[0] == "-c" and remedy[1].startswith("methods/")
     exported(runs(*(remedy if replaces else (*options, *remedy))), tmp_path / "out", target)
 
@@ -207,9 +202,7 @@ def test_the_remedy_works(
         ("auto-round", (*W4A8, *SERVED), CT),
     ],
 )
-def test_the_other_format_works(
-    home: Path, runs: Runs, tmp_path: Path, target: str, options: tuple[str, ...], other: str
-) -> None:
+def test_the_other_format_works(runs: Runs, tmp_path: Path, target: str, options: tuple[str, ...], other: str) -> None:
     with pytest.raises(InputError, match=f"or use --format {other}|use --format {other},"):
         exported(runs(*options), tmp_path / "out", target)
     exported(runs(*options), tmp_path / "out", other)

@@ -25,14 +25,13 @@ ROOT = Path(__file__).parents[2]
 SLOWLY = """
 import sys, time
 from ptql.cli import main
-from ptql.export.directory import DirectoryTarget
-parts = DirectoryTarget.parts
+from ptql.export import directory
+parts = directory.DirectoryTarget.parts
 def slow(self, model, index):
-    open(sys.argv[1], "w").close()
-    time.sleep({seconds} if index else 0)
+    time.sleep(600 if index else 0)
     return parts(self, model, index)
-DirectoryTarget.parts = slow
-sys.exit(main(sys.argv[2:]))
+directory.DirectoryTarget.parts, directory.SHARD_BYTES = slow, 10_000
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -47,29 +46,21 @@ def command(run: Path, out: Path) -> list[str]:
     return ["export", str(run), "--out", str(out), "--text", str(run.parent / "words.txt"), "--length", "32", *CPU]
 
 
-def killed(folder: Path, args: list[str], seconds: int, until: Path) -> None:
-    """Kill the command, and what it started, when a file is there."""
-    code = [sys.executable, "-c", SLOWLY.format(seconds=seconds), str(folder / "writes"), *args]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(code, env=environment, start_new_session=True, stderr=subprocess.DEVNULL) as process:
-        while not until.exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-
-
 def test_a_killed_export_has_no_name_and_the_same_command_succeeds(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    killed(tmp_path, command(run, out), 600, tmp_path / "writes")  # while blocks are written
-    assert not out.exists()
-    (tmp_path / "writes").unlink()
-    killed(tmp_path, command(run, out), 0, tmp_path / ".out.tmp/config.json")  # all but the check and the card
-    assert not out.exists()
-    assert ".out.tmp" in left(tmp_path)
-    assert main(command(run, out)) == 0
-    assert left(tmp_path) == {"out", "writes"}
+    args = [*command(run, out), "--check", "false"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", SLOWLY, *args], env=environment, stderr=subprocess.DEVNULL) as process:
+        while not (tmp_path / ".out.tmp/0.part").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert left(tmp_path) == {".out.tmp"}
+    assert main(args) == 0
+    assert left(tmp_path) == {"out"}
     assert left(out) >= {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    assert not list(out.glob("*.part"))
     assert logits(loaded(out)).equal(logits(plain_model(run)))
 
 

@@ -65,7 +65,6 @@ def dense(stored: dict[str, Tensor], layer: str, bits: int) -> Tensor:
         (3, False, 16),
         (4, True, 32),
         (4, False, -1),
-        (4, False, 16),
         (8, True, -1),
         (8, False, 32),
     ],
