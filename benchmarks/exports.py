@@ -87,13 +87,13 @@ def table(rows: list[dict[str, Any]]) -> str:
                 row["format"] + ("" if row["model"] == "SmolLM2" else f" ({row['model']})"),
                 read["loader"],
                 f"{row['size_bytes'] / 1e6:.1f}",
-                f"{8 * row['size_bytes'] / row['parameters']:.2f}",
                 f"{read['logits_off'] / read['logits_spread']:.1e}" if read["logits_off"] else "0",
                 short(read["perplexity"]),
                 short(read["perplexity_reloaded"]),
             ]
         )
-    head = ["scheme", "format", "loader", "MB", "bits a parameter", "largest difference of a logit (of their spread)"]
+    lines.sort(key=lambda line: (list(SCHEMES | GROUPS_OF_128).index(line[0]), line[1]))
+    head = ["scheme", "format", "loader", "MB", "largest difference of a logit (of their spread)"]
     head += ["ppl, ptql", "ppl, loader"]
     why: dict[tuple[str, str], list[str]] = {}
     for row in rows:

@@ -14,7 +14,7 @@ from ptql import __version__
 from ptql.checkpoint import Checkpoint
 from ptql.errors import InputError
 from ptql.export.directory import DirectoryTarget
-from ptql.export.layers import IntLayer, block_parts
+from ptql.export.layers import IntLayer
 from ptql.export.refusals import (
     packed_format,
     refuse_activations,
@@ -32,7 +32,7 @@ WHOLE = 32  # rows and columns come in words of so many codes, whatever the bits
 
 
 class Gptq(DirectoryTarget):
-    """Version 1, in which zero points are stored less one. Scales are float16."""
+    """Version 1, without zero points: the middle code is stored less one. Scales are float16."""
 
     name = "gptq"
     loaders = (Loader("by_gptqmodel.py", "gptqmodel", "pip install gptqmodel", exact=False),)
@@ -61,18 +61,11 @@ class Gptq(DirectoryTarget):
                     f"{self.name} packs {WHOLE} rows and columns at a time, and {name} is {rows} x {columns}; use "
                     "--format compressed-tensors"
                 )
-        self._check_zeros(model)
-
-    def _check_zeros(self, model: Checkpoint) -> None:
-        if not self.less or all(scheme.symmetric for _, scheme, _ in schemes(model) if scheme.quantised):
-            return
-        for index in range(model.num_blocks):
-            for name, part in block_parts(model, index):
-                if isinstance(part, IntLayer) and not part.scheme.symmetric and not part.zero.all():
-                    raise InputError(
-                        f"{self.name} stores zero points less one and can't say 0, which {index}.{name} has; use "
-                        "--format gptq_v2, or fit with --model.weight.symmetric true"
-                    )
+            if self.less and not scheme.symmetric:
+                raise InputError(
+                    f"{self.name} stores zero points less one, which can't say 0, and its readers refuse them ({name} has "
+                    "some); use --format gptq_v2, or fit with --model.weight.symmetric true"
+                )
 
     def layer(self, layer: IntLayer) -> dict[str, Tensor]:
         bits, columns = layer.scheme.bits, layer.codes.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,8 +28,9 @@ LAST = 64
 """Tokens whose logits are compared."""
 LOGITS = 0.02
 """Of the spread of our logits: how far they may be off where both compute in float32 with the same weights."""
-PERPLEXITY = {16: 0.005, 8: 0.02, 4: 0.15}
-"""How far perplexity may be off, by activation bits: runtimes have their own ways to round a token's activations."""
+LOSS = {16: 0.005, 8: 0.02, 4: 0.15}
+"""How far the loss (the logarithm of perplexity, at least 1) may be off, a share of it, by activation bits: runtimes have
+their own ways to round a token's activations."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +133,12 @@ def reload(
 def _compare(found: Reloaded, model: Checkpoint, target: Target, loader: Loader) -> None:
     assert model.packed is not None
     bits = model.packed.activation.bits
-    allowed = PERPLEXITY[bits]
-    off = found.perplexity_reloaded / found.perplexity - 1
-    if not abs(off) <= allowed:
+    allowed, loss, reloaded = LOSS[bits], math.log(found.perplexity), math.log(found.perplexity_reloaded)
+    if not abs(reloaded - loss) <= allowed * max(1.0, loss):
         raise RunError(
             f"{target.name}: {found.loader} reads the export, and its perplexity is {found.perplexity_reloaded:.4f} "
-            f"where ours is {found.perplexity:.4f}; at most {allowed:.1%} were allowed, so nothing was written"
+            f"where ours is {found.perplexity:.4f}; {allowed:.1%} of the loss were allowed, so nothing was "
+            "written"
         )
     if bits == 16 and target.exact and loader.exact and not found.logits_off <= LOGITS * found.logits_spread:
         raise RunError(

@@ -171,7 +171,7 @@ SHIFT, GROUPS = ("--model.transforms.shift", "biased"), "--model.weight.group_si
          ("--model.layers", '{"q_proj": 8, "k_proj": 8, "v_proj": 8}')),
         (CT, (*RTN, *weights(16)), "weights of 16 bits, so there is nothing to export", ("--model.weight.bits", "8")),
         ("gptq", (*RTN, *weights(5, True)), r"2, 3, 4, 8 bits, not 5", ("--model.weight.bits", "4")),
-        ("gptq", (*RTN, *weights(4, False, 2)), "can't say 0, .*--model.weight.symmetric true",
+        ("gptq", (*RTN, *weights(4, False, 2)), "can't say 0.*--model.weight.symmetric true",
          ("--model.weight.symmetric", "true")),
         ("gptq", LRQUANT, "gptq has no place for the biases", (*SHIFT, "--model.activation.bits", "16")),
         ("gptq", (*W4A8, *SERVED), "rounded to 8 bits.*activation.bits 16", ("--model.activation.bits", "16")),
