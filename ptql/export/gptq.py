@@ -63,8 +63,8 @@ class Gptq(DirectoryTarget):
                 )
             if self.less and not scheme.symmetric:
                 raise InputError(
-                    f"{self.name} stores zero points less one, which can't say 0, and its readers refuse them ({name} has "
-                    "some); use --format gptq_v2, or fit with --model.weight.symmetric true"
+                    f"{self.name} stores zero points less one, which can't say 0, and its readers refuse them "
+                    f"({name} has some); use --format gptq_v2, or fit with --model.weight.symmetric true"
                 )
 
     def layer(self, layer: IntLayer) -> dict[str, Tensor]:

@@ -29,8 +29,8 @@ LAST = 64
 LOGITS = 0.02
 """Of the spread of our logits: how far they may be off where both compute in float32 with the same weights."""
 LOSS = {16: 0.005, 8: 0.02, 4: 0.15}
-"""How far the loss (the logarithm of perplexity, at least 1) may be off, a share of it, by activation bits: runtimes have
-their own ways to round a token's activations."""
+"""How far the loss (the logarithm of perplexity, at least 1) may be off, a share of it, by activation bits: runtimes
+have their own ways to round a token's activations."""
 
 
 @dataclass(frozen=True)
