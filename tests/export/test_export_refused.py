@@ -119,11 +119,12 @@ def test_options_of_a_run(
 def test_a_loader_that_is_not_installed(
     home: Path, runs: Runs, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Gptq, "loader", Loader("by_gptqmodel.py", "no_such_package", "pip install it"))
+    monkeypatch.setattr(Gptq, "loaders", (Loader("by_gptqmodel.py", "no_such_package", "pip install it"),))
     said = refused(home, capfd, str(runs(*RTN, *weights(4, True))), "--out", "out", "--format", "gptq")
     assert said == (
         f"check=true: no_such_package, with which the export is read back, is not installed for {sys.executable}; "
-        "pip install it, say with --python where it is, or write it unchecked with --check false"
+        "pip install it (in an environment of its own, perhaps: --python says where), or write it unchecked with --check "
+        "false"
     )
 
 
