@@ -123,8 +123,8 @@ def test_a_loader_that_is_not_installed(
     said = refused(home, capfd, str(runs(*RTN, *weights(4, True))), "--out", "out", "--format", "gptq")
     assert said == (
         f"check=true: no_such_package, with which the export is read back, is not installed for {sys.executable}; "
-        "pip install it (in an environment of its own, perhaps: --python says where), or write it unchecked with --check "
-        "false"
+        "pip install it (in an environment of its own, perhaps: --python says where), or write it unchecked with "
+        "--check false"
     )
 
 
