@@ -86,14 +86,16 @@ def _number(value: Any) -> str:
 def _check(found: Reloaded | None) -> list[str]:
     if found is None:
         return ["\nThis directory was not read back when it was made."]
+    held = "" if found.quantised is None else f" Quantised matrices that it holds as codes: {found.quantised}, all."
     return [
         "\n## Read back\n",
         f"Loaded by {found.loader} in a process of its own; {found.windows} windows of {found.length} tokens "
-        f"({PurePath(found.text).name}), in float32:\n",
-        "| | ptql | " + found.loader.split(",")[0] + " |",
+        f"({PurePath(found.text).name}):\n",
+        "| | ptql, float32 | " + found.loader.split(",")[0] + " |",
         "|---|---:|---:|",
         f"| perplexity | {found.perplexity:.4f} | {found.perplexity_reloaded:.4f} |",
-        f"\nLargest difference of a logit: {found.logits_off:.2g}; the logits' own spread: {found.logits_spread:.2g}.",
+        f"\nLargest difference of a logit: {found.logits_off:.2g}; the logits' own spread: "
+        f"{found.logits_spread:.2g}.{held}",
     ]
 
 

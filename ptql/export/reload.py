@@ -20,6 +20,7 @@ from torch import Tensor
 from ptql.checkpoint import Checkpoint
 from ptql.errors import InputError, RunError
 from ptql.evaluation.perplexity import embedded, losses_after_blocks, perplexity
+from ptql.export.refusals import schemes
 from ptql.export.target import Loader, Target
 from ptql.nn.student import run_block
 
@@ -39,6 +40,7 @@ class Reloaded:
 
     Args:
         loader: Its name and version.
+        quantised: Matrices that it holds as codes; None where it multiplies them out, or does not say.
         text: What the windows are from.
         windows: How many.
         length: Tokens of a window.
@@ -49,6 +51,7 @@ class Reloaded:
     """
 
     loader: str
+    quantised: int | None
     text: str
     windows: int
     length: int
@@ -118,6 +121,7 @@ def reload(
     length = ids.shape[1]
     reloaded = Reloaded(
         loader=facts["loader"],
+        quantised=facts.get("quantised"),
         text=text,
         windows=len(ids),
         length=length,
@@ -132,6 +136,12 @@ def reload(
 
 def _compare(found: Reloaded, model: Checkpoint, target: Target, loader: Loader) -> None:
     assert model.packed is not None
+    codes = sum(scheme.quantised for _, scheme, _ in schemes(model))
+    if found.quantised not in (None, codes):
+        raise RunError(
+            f"{target.name}: {found.loader} holds {found.quantised} matrices as codes, and {codes} were exported, so "
+            "nothing was written"
+        )
     bits = model.packed.activation.bits
     allowed, loss, reloaded = LOSS[bits], math.log(found.perplexity), math.log(found.perplexity_reloaded)
     if not abs(reloaded - loss) <= allowed * max(1.0, loss):

@@ -21,4 +21,5 @@ def load(folder: str) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any
     def logits(ids: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(ids)[None].to(model.device)).logits[0].float().cpu().numpy()
 
-    return logits, {"loader": f"auto-round {version('auto-round')}"}
+    held = sum(hasattr(module, "qweight") for module in model.modules())
+    return logits, {"loader": f"auto-round {version('auto-round')}", "quantised": held}

@@ -22,4 +22,5 @@ def load(folder: str) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any
     def logits(ids: np.ndarray) -> np.ndarray:
         return inner(torch.from_numpy(ids)[None].to(inner.device)).logits[0].float().cpu().numpy()
 
-    return logits, {"loader": f"gptqmodel {version('gptqmodel')}"}
+    held = sum(hasattr(module, "qweight") for module in inner.modules())
+    return logits, {"loader": f"gptqmodel {version('gptqmodel')}", "quantised": held}

@@ -31,7 +31,8 @@ def load(folder: str) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any
     def logits(ids: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(ids)[None]).logits[0].float().numpy()
 
-    return logits, {"loader": ", ".join(_with_version(name) for name in names)}
+    held = sum(getattr(module, "quantization_scheme", None) is not None for module in model.modules())
+    return logits, {"loader": ", ".join(_with_version(name) for name in names), "quantised": held or None}
 
 
 def _with_version(name: str) -> str:
