@@ -51,7 +51,7 @@ def test_a_card_says_what_it_is_and_what_was_found(run: Path, capsys: pytest.Cap
     assert f"- {stored:.3f} bits per quantised weight as ptql packs it" in body
     assert f", {bits_of_a_parameter(out):.3f} bits a parameter" in body
     assert f"- Made by ptql {ptql.__version__}: `ptql export --run RUN --format compressed-tensors" in body
-    assert "4 windows of 32 tokens (words.txt), in float32:" in body
+    assert "4 windows of 32 tokens (words.txt):" in body
     assert "Loaded by transformers" in body
     (row,) = (line for line in body.splitlines() if line.startswith("| perplexity"))
     ours, theirs = (float(cell) for cell in row.split("|")[2:4])
