@@ -229,7 +229,9 @@ def test_the_model_is_as_it_was(run: Path, tmp_path: Path, tasks_dir: Path, mode
     assert all(torch.equal(tensor, after.seen[name]) for name, tensor in before.seen.items())
     blocks = {f"model.layers.{index}.{name}" for index, block in swapped[0].items() for name in block}
     assert blocks <= before.seen.keys()
-    assert any(not torch.equal(w, before.seen[f"model.layers.1.{name}"]) for name, w in swapped[0][1].items())
+    # one of the blocks, at least: a block whose loss is no better keeps what it was
+    learned = [(f"model.layers.{index}.{name}", w) for index, block in swapped[0].items() for name, w in block.items()]
+    assert any(not torch.equal(w, before.seen[name]) for name, w in learned)
 
 
 def digests(directory: Path) -> dict[Path, str]:
