@@ -114,8 +114,9 @@ def test_settings_of_every_kind(source: Path, text: Path, tmp_path: Path) -> Non
     assert not Path("ELSE/tensorboard").exists()
     config = yaml.safe_load(Path("ELSE/config.yaml").read_text())
     weight = {"bits": 5, "group_size": 32, "symmetric": True, "balanced": False, "salient_bits": 4}
+    weight["scale_dtype"] = "float16"
     assert config["model"]["weight"] == weight
-    assert config["model"]["activation"] == {"bits": 16}
+    assert config["model"]["activation"] == {"bits": 16, "symmetric": False}
     assert config["model"]["objective"]["init_args"]["targets"] == ["fp", "fp_on_quantised"]
     assert config["model"]["objective"]["init_args"]["nlc"] == 0
     assert config["model"]["weight_quantizer"]["init_args"]["lr"] == 1e-05
