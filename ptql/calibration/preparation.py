@@ -139,8 +139,8 @@ def check_eval_options(model: QuantLM, data: CalibrationData | None, command: st
         raise InputError(f"data: these are the windows to calibrate on; {command} takes text as {text}")
     if model.identity() != QuantLM().identity():
         raise InputError(
-            f"model: {command} takes a model as it is stored, whatever the recipe; give --model.source, or --run RUN "
-            "alone"
+            f"model: {command} {'measures' if command == 'eval' else 'writes'} a model as it is stored, whatever the "
+            "recipe; give --model.source, or --run RUN alone"
         )
 
 
