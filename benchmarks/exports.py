@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.calibration import probed_apart, read_rows  # noqa: E402
-from benchmarks.calibration_tables import markdown  # noqa: E402
+from benchmarks.calibration_tables import fill, markdown  # noqa: E402
 from benchmarks.tables import short  # noqa: E402
 
 SERVED = ["-c", "presets/served"]
@@ -119,12 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, metavar="FILE.md", help="put the results' table there")
     args = parser.parse_args(arguments)
     if args.docs is not None:
-        marked = re.compile(r"(<!-- begin: exports -->\n).*?(<!-- end: exports -->)", re.DOTALL)
-        text = args.docs.read_text(encoding="utf-8")
-        if not marked.search(text):
-            raise SystemExit(f"{args.docs}: there is no place for the table; write <!-- begin: exports --> and its end")
-        rows = read_rows(args.results)
-        args.docs.write_text(marked.sub(lambda m: f"{m[1]}\n{table(rows)}\n{m[2]}", text), encoding="utf-8")
+        page = fill(args.docs.read_text(encoding="utf-8"), f"\n{table(read_rows(args.results))}\n", "exports")
+        args.docs.write_text(page, encoding="utf-8")
         return 0
     if args.model is None or args.work is None:
         parser.error("--model and --work are needed, or --docs")

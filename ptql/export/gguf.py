@@ -25,7 +25,7 @@ from ptql.export.gguf_architectures import (
 from ptql.export.gguf_fields import add_general, add_hyperparameters
 from ptql.export.gguf_tokenizer import vocabulary
 from ptql.export.layers import IntLayer, block_parts
-from ptql.export.refusals import packed_format, refuse_activations, schemes
+from ptql.export.refusals import packed_format, refuse_activations, refuse_factors, schemes
 from ptql.export.target import Loader, Target
 from ptql.nn.packed_linear import LARGEST_HALF
 
@@ -59,11 +59,7 @@ class Gguf(Target):
                 f"gguf has no place for the biases that learned shifts give to {', '.join(fmt.shifted_norms)}; fit "
                 "with --model.transforms.shift biased"
             )
-        if fmt.factor_rank:
-            raise InputError(
-                f"gguf has no place for factors (factor_rank={fmt.factor_rank}); fit with --model.weight_quantizer."
-                "factor_rank 0, or use --format dense"
-            )
+        refuse_factors(model, self.name)
         architecture_of(model)
         rope_parameters(model.config)
         for name, scheme, columns in schemes(model):

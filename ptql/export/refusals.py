@@ -38,7 +38,8 @@ def kinds(model: Checkpoint | PackedFormat) -> Iterator[tuple[str, IntScheme]]:
 def schemes(model: Checkpoint) -> Iterator[tuple[str, IntScheme, int]]:
     """Each matrix: `INDEX.LINEAR`, its format, its columns."""
     fmt = packed_format(model)
-    columns = {name: model.empty_block(0).get_submodule(name).in_features for name in fmt.linears}
+    block = model.empty_block(0)
+    columns = {name: block.get_submodule(name).in_features for name in fmt.linears}
     for index in range(model.num_blocks):
         for name in fmt.linears:
             size = columns[name]
@@ -88,14 +89,19 @@ def refuse_activations(model: Checkpoint | PackedFormat, target: str) -> None:
         )
 
 
-def refuse_kinds(model: Checkpoint | PackedFormat, target: str) -> None:
-    """Codes that are not plain integers, and factors beside them."""
+def refuse_factors(model: Checkpoint | PackedFormat, target: str) -> None:
+    """Factors beside the codes."""
     fmt = packed_format(model)
     if fmt.factor_rank:
         raise InputError(
             f"{target} has no place for factors (factor_rank={fmt.factor_rank}); fit with --model.weight_quantizer."
             "factor_rank 0, or use --format dense"
         )
+
+
+def refuse_kinds(model: Checkpoint | PackedFormat, target: str) -> None:
+    """Codes that are not plain integers, and factors beside them."""
+    refuse_factors(model, target)
     for name, scheme in kinds(model):
         if scheme.salient is not None or scheme.balanced:
             what, method = f"{scheme.levels} levels", ""
