@@ -7,9 +7,10 @@
 from ptql.api import evaluate, quantize
 from ptql.errors import InputError, RunError
 from ptql.formats.hf import register
+from ptql.nn.packed_cache import PackedCache
 
 __version__ = "0.1.0"
 
 register()
 
-__all__ = ["InputError", "RunError", "__version__", "evaluate", "quantize"]
+__all__ = ["InputError", "PackedCache", "RunError", "__version__", "evaluate", "quantize"]

@@ -25,8 +25,9 @@ def packed_bytes(n: int, bits: int) -> int:
     return -(-n * bits // 8)
 
 
-# Eight codes are exactly `bits` bytes, so both directions go through one 64-bit word for every eight codes:
-# as much memory as the codes take, and no step that touches single bits.
+# Where codes do not straddle bytes, each byte is shifted apart. Otherwise eight codes are exactly `bits` bytes, so both
+# directions go through one 64-bit word for every eight codes: as much memory as the codes take, and no step that
+# touches single bits.
 
 
 def pack(codes: UInt8[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows bytes"]:
@@ -38,6 +39,9 @@ def pack(codes: UInt8[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows bytes
     rows, n = codes.shape
     length = packed_bytes(n, bits)
     assert n == 0 or rows == 0 or int(codes.max()) < 2**bits, f"a code needs more than {bits} bits"
+    if 8 % bits == 0:
+        parts = F.pad(codes, (0, -n % (8 // bits))).view(rows, length, 8 // bits)
+        return (parts << _shifts(bits, codes.device)).sum(-1, dtype=torch.uint8)
     eighths = -(-n // 8)
     by_word = F.pad(codes, (0, eighths * 8 - n)).view(rows, eighths, 8)
     words = torch.zeros(rows, eighths, dtype=torch.int64, device=codes.device)
@@ -61,6 +65,9 @@ def unpack(stream: UInt8[Tensor, "rows bytes"], bits: int, n: int) -> UInt8[Tens
             f"{length} bytes a row: {n} codes of {bits} bits take {packed_bytes(n, bits)}; the file is "
             "damaged or written with another bit width or row length: read it with those"
         )
+    if 8 % bits == 0:
+        codes = stream[..., None] >> _shifts(bits, stream.device) & (2**bits - 1)
+        return codes.flatten(1)[:, :n].contiguous()
     eighths = -(-n // 8)
     by_word = F.pad(stream, (0, eighths * bits - length)).view(rows, eighths, bits)
     words = torch.zeros(rows, eighths, dtype=torch.int64, device=stream.device)
@@ -109,6 +116,11 @@ def unpack_levels(stream: UInt8[Tensor, "rows bytes"], levels: int, n: int) -> U
     words = unpack(stream, word_bits, -(-n // in_word))
     codes = torch.stack([words // levels**i % levels for i in range(in_word)], 2)
     return codes.flatten(1)[:, :n].contiguous()
+
+
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    """Where each code of a byte begins."""
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
 
 
 def _bits(levels: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from ptql.functional.affine import LARGEST_SCALE, SMALLEST_SCALE
@@ -50,6 +50,20 @@ def fake_quantize_channels(
     """
     wide = x if x.dtype == torch.float64 else x.float()
     return _RoundChannels.apply(wide, scale.to(wide.dtype), zero.to(wide.dtype), 2**bits - 1).to(x.dtype)
+
+
+def encode_channels(
+    x: Float[Tensor, "*tokens n"], scale: Float[Tensor, "*#tokens n"], zero: Float[Tensor, "*#tokens n"], bits: int
+) -> UInt8[Tensor, "*tokens n"]:
+    """The codes of `fake_quantize_channels`."""
+    return (x.float() / scale).round_().add_(zero).clamp_(0, 2**bits - 1).to(torch.uint8)
+
+
+def decode_channels(
+    codes: UInt8[Tensor, "*tokens n"], scale: Float[Tensor, "*#tokens n"], zero: Float[Tensor, "*#tokens n"]
+) -> Float[Tensor, "*tokens n"]:
+    """The float32 values that codes of `encode_channels` stand for."""
+    return (codes.float() - zero).mul_(scale)
 
 
 def round_probabilities(shares: Float[Tensor, "*rows keys"], bits: int) -> Float[Tensor, "*rows keys"]:

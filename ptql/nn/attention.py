@@ -18,6 +18,9 @@ QUERY_ROUNDING, CACHE_ROUNDING = "query_rounding", "cache_rounding"
 STATIC = "static_rounding"
 """The attribute of an attention module that holds what rounds on fixed grids (`ptql.nn.static_rounding`)."""
 
+ROUNDED = "rounded_by_cache"
+"""The attribute of keys and values that a cache has rounded already (`ptql.nn.packed_cache`)."""
+
 PROBE = "attention_probe"
 """The attribute of an attention module that holds what looks at its probabilities (`ptql.nn.attention_probe`)."""
 
@@ -55,8 +58,8 @@ def rounded_attention(
     """Scaled dot-product attention on rounded q, k, v of [batch, heads, tokens, head size].
 
     Each token of each head is one vector to round, or each channel has a fixed grid; the softmax output is rounded
-    with fixed grids only. Without a mask, and with more than one query, attention is causal: transformers leaves the
-    mask out exactly then. A sliding window is in the mask.
+    with fixed grids only. Keys and values that a cache gives back are as they should be. Without a mask, and with more
+    than one query, attention is causal: transformers leaves the mask out exactly then. A sliding window is in the mask.
 
     Raises:
         NotImplementedError: The model asks for something that would be left out, such as attention sinks.
@@ -66,11 +69,12 @@ def rounded_attention(
         raise NotImplementedError(f"sliding_window={sliding_window} without a mask on {key.shape[2]} keys")
     if (rounding := getattr(module, QUERY_ROUNDING, None)) is not None:
         query = rounding(query)
-    if (rounding := getattr(module, CACHE_ROUNDING, None)) is not None:
+    by_cache = getattr(key, ROUNDED, False)
+    if not by_cache and (rounding := getattr(module, CACHE_ROUNDING, None)) is not None:
         key, value = rounding(key), rounding(value)
     static = getattr(module, STATIC, None)
     if static is not None:
-        query, key, value = static.round(query, key, value)
+        query, key, value = static.round(query, key, value, by_cache)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = attention_mask is None and query.shape[2] > 1 and bool(is_causal)

@@ -55,16 +55,18 @@ class StaticRounding(nn.Module):
         self.cluster.copy_(labels.to(torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.on:
-            return x
+        return fake_quantize_channels(x, *self.channels(x.ndim), self.site.bits) if self.on else x
+
+    def channels(self, axes: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each channel, float32, of as many axes as what they are for."""
         labels = self.cluster.long()
         scale, zero = self.scale.view(torch.float16).float().gather(1, labels), self.zero.float().gather(1, labels)
         if self.site.linears:
             scale, zero = scale.flatten(), zero.flatten()
         else:
             scale, zero = scale[:, None], zero[:, None]
-        shape = (1,) * (x.ndim - scale.ndim) + tuple(scale.shape)
-        return fake_quantize_channels(x, scale.view(shape), zero.view(shape), self.site.bits)
+        shape = (1,) * (axes - scale.ndim) + tuple(scale.shape)
+        return scale.view(shape), zero.view(shape)
 
     def extra_repr(self) -> str:
         return str(self.site)
@@ -79,9 +81,14 @@ class StaticAttention:
     value: Rounding | None = None
     probabilities: Callable[[Tensor], Tensor] | None = None
 
-    def round(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What `rounded_attention` goes on with, each [batch, heads, tokens, head size]."""
+    def round(self, query: Tensor, key: Tensor, value: Tensor, by_cache: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """What `rounded_attention` goes on with, each [batch, heads, tokens, head size].
+
+        With `by_cache`, keys and values are rounded already.
+        """
         query = query if self.query is None else self.query(query)
+        if by_cache:
+            return query, key, value
         key = key if self.key is None else self.key(key)
         return query, key, value if self.value is None else self.value(value)
 

@@ -1,0 +1,63 @@
+"""How a cache stores keys and values: packed codes, and what decodes them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from ptql.functional.static import decode_channels, encode_channels
+from ptql.functional.token_codes import decode_tokens, encode_tokens, pack_tokens, unpack_tokens
+from ptql.nn.static_rounding import StaticRounding
+
+Stored = tuple[Tensor, ...]
+"""What a format stores of tokens; every tensor has batch, heads and tokens for its first axes."""
+
+
+class CacheFormat(ABC):
+    """How tokens of one layer's keys, or values, are stored."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Stored:
+        """What is stored of [batch, heads, tokens, width]."""
+
+    @abstractmethod
+    def decode(self, stored: Stored, width: int) -> Tensor:
+        """Float32 [batch, heads, tokens, width]."""
+
+
+class TokenFormat(CacheFormat):
+    """Each token of each head on its own range: codes, a float16 step, an int16 zero point.
+
+    Args:
+        bits: Width of a code.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+    def encode(self, x: Tensor) -> Stored:
+        codes, scale, zero = encode_tokens(x, self.bits)
+        return pack_tokens(codes, self.bits), scale, zero
+
+    def decode(self, stored: Stored, width: int) -> Tensor:
+        codes, scale, zero = stored
+        return decode_tokens(unpack_tokens(codes, self.bits, width), scale, zero)
+
+
+class GridFormat(CacheFormat):
+    """Each channel on its fixed grid: nothing but codes.
+
+    Args:
+        grid: Of the keys or of the values, as the model rounds them.
+    """
+
+    def __init__(self, grid: StaticRounding) -> None:
+        self._grid, self._bits = grid, grid.site.bits
+
+    def encode(self, x: Tensor) -> Stored:
+        return (pack_tokens(encode_channels(x, *self._grid.channels(x.ndim), self._bits), self._bits),)
+
+    def decode(self, stored: Stored, width: int) -> Tensor:
+        (codes,) = stored
+        return decode_channels(unpack_tokens(codes, self._bits, width), *self._grid.channels(codes.ndim))
