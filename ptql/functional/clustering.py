@@ -14,6 +14,9 @@ from torch import Tensor
 
 ROUNDS = 100
 """Of moving centres at most; a few dozen are usual."""
+STILL = 1e-4
+"""Of the features' mean variance: centres that move by less, in the sum of their squares, have settled (as in
+scikit-learn, which RPTQ's code calls)."""
 
 
 def cluster_labels(
@@ -25,33 +28,32 @@ def cluster_labels(
     it gets as many clusters as it has points. Beginnings come from a generator of their own, so that neither a run's
     random numbers nor the order of its blocks matter; all is computed in float64.
     """
-    wide = points.double()
-    generator = torch.Generator().manual_seed(seed)
-    best_labels = best_inertia = None
-    for _ in range(restarts):
-        labels, inertia = settled(wide, spread_centres(wide, clusters, generator))
-        if best_labels is None or best_inertia is None:
-            best_labels, best_inertia = labels, inertia
-            continue
-        better = inertia < best_inertia
-        best_labels = torch.where(better[:, None], labels, best_labels)
-        best_inertia = torch.where(better, inertia, best_inertia)
-    assert best_labels is not None
-    return numbered(wide, best_labels, clusters)
+    wide, heads = points.double(), len(points)
+    draws = torch.stack([_draws(clusters, heads, seed + restart) for restart in range(restarts)], dim=1)
+    repeated = wide.repeat(restarts, 1, 1)  # all beginnings at once: most sites are small beside a step's overhead
+    labels, inertia = settled(repeated, spread_centres(repeated, draws.flatten(1).to(wide.device)), STILL)
+    best = inertia.view(restarts, heads).argmin(0)
+    chosen = labels.view(restarts, heads, -1)[best, torch.arange(heads, device=wide.device)]
+    return numbered(wide, chosen, clusters)
+
+
+def _draws(clusters: int, heads: int, seed: int) -> Float[Tensor, "{clusters} {heads}"]:
+    """Random numbers from 0 to 1 of one beginning, which further beginnings leave as they are."""
+    return torch.rand(clusters, heads, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def spread_centres(
-    points: Float[Tensor, "heads channels features"], clusters: int, generator: torch.Generator
+    points: Float[Tensor, "heads channels features"], draws: Float[Tensor, "k heads"]
 ) -> Float[Tensor, "heads k features"]:
     """Points to begin at, far from each other: each with a chance that grows with the square of its distance to those
-    before it (k-means++, Arthur and Vassilvitskii 2007). With fewer distinct points some are chosen twice."""
+    before it (k-means++, Arthur and Vassilvitskii 2007), as random `draws` from 0 to 1 say. With fewer distinct points
+    some are chosen twice."""
     heads, channels, features = points.shape
     distance = points.new_ones(heads, channels)
     chosen = []
-    for index in range(clusters):
+    for index, draw in enumerate(draws):
         chances = distance.cumsum(1)
-        drawn = torch.rand(heads, 1, dtype=torch.float64, generator=generator).to(points.device) * chances[:, -1:]
-        at = (chances <= drawn).sum(1).clamp(max=channels - 1)
+        at = (chances <= draw[:, None] * chances[:, -1:]).sum(1).clamp(max=channels - 1)
         centre = points.gather(1, at.view(heads, 1, 1).expand(-1, -1, features))
         chosen.append(centre)
         away = (points - centre).square().sum(2)
@@ -60,13 +62,14 @@ def spread_centres(
 
 
 def settled(
-    points: Float[Tensor, "heads channels features"], centres: Float[Tensor, "heads k features"]
+    points: Float[Tensor, "heads channels features"], centres: Float[Tensor, "heads k features"], still: float = 0.0
 ) -> tuple[Int[Tensor, "heads channels"], Float[Tensor, " heads"]]:
     """Each point's nearest centre once no point changes its centre any more, and the sum of squared distances (Lloyd).
 
-    Of centres as near as each other the first counts. A centre that loses all of its points stays where it is.
+    Of centres as near as each other the first counts. A centre that loses all of its points stays where it is. With
+    `still`, a part of the features' mean variance, centres in all heads need not come to rest altogether.
     """
-    labels = None
+    labels, least = None, still * points.var(1, correction=0).mean(1)
     for _ in range(ROUNDS):
         nearest = _squared_distances(points, centres).argmin(2)
         if labels is not None and torch.equal(nearest, labels):
@@ -76,9 +79,11 @@ def settled(
         members = _members(labels, centres.shape[1])
         counts = members.sum(1)[:, :, None]
         means = members.mT @ points / counts.clamp_min(1)
-        centres = torch.where(counts > 0, means, centres)
-    assert labels is not None
-    return labels, _squared_distances(points, centres).gather(2, labels[:, :, None]).sum((1, 2))
+        before, centres = centres, torch.where(counts > 0, means, centres)
+        if still and bool(((centres - before).square().sum((1, 2)) <= least).all()):
+            break
+    nearest = _squared_distances(points, centres).min(2)
+    return nearest.indices, nearest.values.sum(1)
 
 
 def numbered(

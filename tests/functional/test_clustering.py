@@ -22,6 +22,10 @@ def some_points(heads: int, channels: int, features: int = 2, seed: int = 0) -> 
     return torch.randn(heads, channels, features, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def some_draws(clusters: int, heads: int, seed: int = 0) -> Tensor:
+    return torch.rand(clusters, heads, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
 def inertia_of(points: Tensor, labels: Tensor) -> float:
     """Sum of squared distances to the mean of each cluster, one point after the other."""
     total = 0.0
@@ -49,7 +53,7 @@ def slow_lloyd(points: Tensor, centres: Tensor) -> tuple[list[int], float]:
 @pytest.mark.parametrize("seed", range(4))
 def test_moving_centres_against_loops(seed: int) -> None:
     points = some_points(3, 20, 4, seed)
-    centres = spread_centres(points, 5, torch.Generator().manual_seed(seed))
+    centres = spread_centres(points, some_draws(5, 3, seed))
     labels, inertia = settled(points, centres)
     for head in range(3):
         expected, distance = slow_lloyd(points[head], centres[head])
@@ -67,7 +71,7 @@ def test_centres_that_lose_all_points_stay_and_are_no_cluster() -> None:
 
 def test_beginnings_are_distinct_points() -> None:
     points = some_points(4, 9)
-    chosen = spread_centres(points, 9, torch.Generator().manual_seed(0))
+    chosen = spread_centres(points, some_draws(9, 4))
     for head in range(4):
         assert {tuple(c) for c in chosen[head].tolist()} == {tuple(p) for p in points[head].tolist()}
 
