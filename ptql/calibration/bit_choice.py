@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 FILE = "bits.json"
 SAMPLES, TOKENS = 8, 128  # of the calibration windows, from their beginnings
 BOUNDS = (0.5, 4.0)  # of a unit's harm over error, in times of what is usual
+SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)  # of rounding errors, of which one is taken
+MOST_LOST = 1.0  # nats, with one width for all
 LINE_EVERY_SECONDS = 20.0
 
 
@@ -73,8 +75,7 @@ def bits_found(trainer: BlockTrainer, plan: Plan) -> dict[str, Any]:
         "budget": plan.bits.budget.bits,
         "choices": list(plan.bits.budget.choices),
         "reached": sum(size.bits for size in sizes.values()) / weights,
-        "divergence": trainer.ledger.manifest["bits"]["divergence"],
-        "uniform": trainer.ledger.manifest["bits"]["uniform"],
+        **{key: trainer.ledger.manifest["bits"][key] for key in ("divergence", "uniform", "share_of_errors")},
         "share_of_weights": {width: round(by_width[width] / weights, 4) for width in widths},
         "layers": layers,
     }
@@ -100,25 +101,41 @@ class _Choosing:
         What is measured of one unit in full precision adds up only where little is lost; of one unit among rounded
         ones, it holds near them only. So what follows from either, from errors alone, and what needs no measuring, are
         tried as a whole, and the best is taken.
+
+        Learning will leave far less than rounding loses at few bits, where hardly anything is left of a model and its
+        predictions no longer say which choice is better. So both are done with a share of all errors, as much of
+        them as leaves the model standing with one width for all.
         """
         bits, (errors, harm) = self._bits, self._measured()
         at = [of_unit[bits.reference] for of_unit in errors]
-        in_context = self._in_context(errors)
-        choices = [(bits.uniform,) * len(bits.units), self._by_turns()]
+        alike = (bits.uniform,) * len(bits.units)
+        share = self._bearable(self._tried([(alike, share) for share in SHARES]))
+        in_context = self._in_context(errors, share)
+        choices = [alike, self._by_turns()]
         for found in (
             scores(errors, harm, at, *BOUNDS),
             scores(errors, harm, at, 1.0, 1.0),
             scores(errors, *in_context, *BOUNDS),
         ):
             choices += [self._allocated(found, narrow) for narrow in (False, True)]
-        lost = torch.tensor(self._tried(choices), dtype=torch.float64).nan_to_num(torch.inf)
+        tried = self._tried([(choice, part) for part in (share, 1.0) for choice in choices])
+        lost = torch.tensor(tried, dtype=torch.float64).nan_to_num(torch.inf).view(2, -1)
         self._ranks.copy_from_first([lost])  # equal already, unless sums over processes were not
-        best = int(lost.argmin())
+        best, whole = int(lost[0].argmin()), lost[1]
         return {
             "widths": {unit.name: width for unit, width in zip(bits.units, choices[best], strict=True)},
-            "divergence": lost[best].item(),
-            "uniform": {"bits": bits.uniform, "divergence": lost[0].item()},
+            "divergence": whole[best].item(),
+            "uniform": {"bits": bits.uniform, "divergence": whole[0].item()},
+            "share_of_errors": share,
         }
+
+    def _bearable(self, lost: list[float]) -> float:
+        """The largest share of errors with which no more than `MOST_LOST` is lost; the smallest if there is none."""
+        found = torch.tensor(lost, dtype=torch.float64).nan_to_num(torch.inf)
+        self._ranks.copy_from_first([found])
+        return next(
+            (share for share, nats in zip(SHARES, found.tolist(), strict=True) if nats <= MOST_LOST), SHARES[-1]
+        )
 
     def _by_turns(self) -> tuple[int, ...]:
         """The width that all can have, and the next one in as many whole blocks as fit: what needs no measuring."""
@@ -163,12 +180,13 @@ class _Choosing:
             progress.block_ends(index, known)
         return [errors for index in range(blocks) for errors in kept[str(index)]], walk.divergences()
 
-    def _in_context(self, errors: list[list[float]]) -> tuple[list[float], list[float]]:
-        """What a width less for one unit does where all others have the reference, and by how much error."""
+    def _in_context(self, errors: list[list[float]], share: float) -> tuple[list[float], list[float]]:
+        """What a width less for one unit does where all others have the reference, with a share of all errors, and by
+        how much error; the share is a factor of all harms, which the scores leave out."""
         bits, plan = self._bits, self._plan
         other = bits.reference - 1 if bits.reference else 1
         walk, base = self._walk(len(bits.units) + 1), bits.chosen([bits.schemes[bits.reference].bits] * len(bits.units))
-        units = ContextWalk(walk, bits.units, base, bits.schemes[other], self._rounded)
+        units = ContextWalk(walk, bits.units, base, bits.schemes[other], self._rounded, share)
         progress = _Progress(self._trainer, plan.source.num_blocks, 1, "rounded with all others")
         for index, block in self._blocks():
             units.block(index, block, plan.source.layout.names)
@@ -176,10 +194,10 @@ class _Choosing:
         before, *after = walk.divergences()
         return [lost - before for lost in after], [unit[other] - unit[bits.reference] for unit in errors]
 
-    def _tried(self, choices: list[tuple[int, ...]]) -> list[float]:
-        """What is lost when all is rounded, with each choice."""
+    def _tried(self, choices: list[tuple[tuple[int, ...], float]]) -> list[float]:
+        """What is lost when all is rounded, with each choice, and a share of the errors."""
         walk = self._walk(len(choices))
-        trial = ChoiceWalk(walk, [self._bits.chosen(choice) for choice in choices], self._rounded)
+        trial = ChoiceWalk(walk, [(self._bits.chosen(choice), share) for choice, share in choices], self._rounded)
         for index, block in self._blocks():
             trial.block(index, block, self._plan.source.layout.names)
         return walk.divergences()

@@ -173,24 +173,32 @@ class ContextWalk:
         base: Formats of all layers.
         other: Of a unit in its stream.
         rounding: Makes rounded matrices.
+        share: Of every rounding error, that is made.
     """
 
     @torch.no_grad()
     def __init__(
-        self, walk: Walk, units: Sequence[Unit], base: LayerSchemes, other: IntScheme, rounding: Rounding
+        self,
+        walk: Walk,
+        units: Sequence[Unit],
+        base: LayerSchemes,
+        other: IntScheme,
+        rounding: Rounding,
+        share: float = 1.0,
     ) -> None:
-        self.walk, self._units, self._base, self._other, self._rounding = walk, units, base, other, rounding
+        self.walk, self._units, self._base, self._other = walk, units, base, other
+        self._rounding, self._share = rounding, share
         walk.beside = [walk.empty().copy_(walk.full)]
 
     @torch.no_grad()
     def block(self, index: int, block: nn.Module, linears: Sequence[str]) -> None:
         """Take all streams through a block, whose `linears` are rounded."""
         walk, schemes = self.walk, {name: self._base.of(index, name) for name in linears}
-        weights = rounded_weights(block, schemes, self._rounding)
+        weights = rounded_weights(block, schemes, self._rounding, self._share)
         for stream in walk.beside[1:]:
             walk.run(index, block, stream, stream, weights)
         for unit in (unit for unit in self._units if unit.block == index):
-            changed = rounded_weights(block, dict.fromkeys(unit.linears, self._other), self._rounding)
+            changed = rounded_weights(block, dict.fromkeys(unit.linears, self._other), self._rounding, self._share)
             walk.beside.append(walk.run(index, block, walk.beside[0], walk.empty(), {**weights, **changed}))
         walk.run(index, block, walk.beside[0], walk.beside[0], weights)
         walk.full = walk.target(index, block)
@@ -201,12 +209,12 @@ class ChoiceWalk:
 
     Args:
         walk: Before the first block.
-        choices: Formats of all layers.
+        choices: Formats of all layers, and the share of every rounding error that is made: 1 is rounding.
         rounding: Makes rounded matrices.
     """
 
     @torch.no_grad()
-    def __init__(self, walk: Walk, choices: Sequence[LayerSchemes], rounding: Rounding) -> None:
+    def __init__(self, walk: Walk, choices: Sequence[tuple[LayerSchemes, float]], rounding: Rounding) -> None:
         self.walk, self._choices, self._rounding = walk, choices, rounding
         walk.beside = [walk.empty().copy_(walk.full) for _ in choices]
 
@@ -214,16 +222,21 @@ class ChoiceWalk:
     def block(self, index: int, block: nn.Module, linears: Sequence[str]) -> None:
         """Take all streams through a block, whose `linears` are rounded."""
         rounding = cache(self._rounding)  # choices have most formats in common
-        for stream, choice in zip(self.walk.beside, self._choices, strict=True):
+        for stream, (choice, share) in zip(self.walk.beside, self._choices, strict=True):
             schemes = {name: choice.of(index, name) for name in linears}
-            self.walk.run(index, block, stream, stream, rounded_weights(block, schemes, rounding))
+            self.walk.run(index, block, stream, stream, rounded_weights(block, schemes, rounding, share))
         self.walk.full = self.walk.target(index, block)
 
 
-def rounded_weights(block: nn.Module, schemes: dict[str, IntScheme], rounding: Rounding) -> Weights:
-    """The matrices of a block that have these formats, by name; those that are not quantised are left out."""
-    return {
-        f"{name}.weight": rounding(name, block.get_parameter(f"{name}.weight"), scheme)
-        for name, scheme in schemes.items()
-        if scheme.quantised
-    }
+def rounded_weights(block: nn.Module, schemes: dict[str, IntScheme], rounding: Rounding, share: float = 1.0) -> Weights:
+    """The matrices of a block that have these formats, by name; those that are not quantised are left out.
+
+    With a `share` below 1 each is only so far on its way to the rounded one.
+    """
+    made = {}
+    for name, scheme in schemes.items():
+        if scheme.quantised:
+            weight = block.get_parameter(f"{name}.weight")
+            rounded = rounding(name, weight, scheme)
+            made[f"{name}.weight"] = rounded if share == 1 else weight.float().lerp(rounded.float(), share)
+    return made

@@ -55,11 +55,14 @@ def walked(
     return errors, walk.divergences()
 
 
-def with_rounded(model: PreTrainedModel, schemes: dict[tuple[int, str], IntScheme]) -> PreTrainedModel:
+def with_rounded(
+    model: PreTrainedModel, schemes: dict[tuple[int, str], IntScheme], share: float = 1.0
+) -> PreTrainedModel:
     changed = copy.deepcopy(model)
     for (index, name), scheme in schemes.items():
         linear = blocks_of(changed)[index].get_submodule(name)
-        linear.weight.data = rounding(name, linear.weight.data, scheme)  # type: ignore[arg-type]
+        before: Tensor = linear.weight.data  # type: ignore[assignment]
+        linear.weight.data = before + share * (rounding(name, before, scheme) - before)
     return changed
 
 
@@ -95,29 +98,31 @@ def test_choices_are_tried_as_a_whole(tmp_path: Path, name: str) -> None:
     names, walk = source.layout.names, a_walk(source, tmp_path)
     odd = {f"1.{names[0]}": IntScheme(2), f"0.{names[-1]}": IntScheme(16), f"0.{names[1]}": IntScheme(4, 16, True)}
     choices = [LayerSchemes(IntScheme(3)), LayerSchemes(IntScheme(4), odd)]
-    trial = ChoiceWalk(walk, choices, rounding)
+    trials = [(choice, share) for share in (1.0, 0.4) for choice in choices]
+    trial = ChoiceWalk(walk, trials, rounding)
     for index in range(source.num_blocks):
         trial.block(index, source.block(index), names)
-    for choice, found in zip(choices, walk.divergences(), strict=True):
+    for (choice, share), found in zip(trials, walk.divergences(), strict=True):
         schemes = {(index, name): choice.of(index, name) for index in range(source.num_blocks) for name in names}
         schemes = {key: scheme for key, scheme in schemes.items() if scheme.quantised}
-        assert found == pytest.approx(nats(model, with_rounded(model, schemes)), rel=1e-2)
+        assert found == pytest.approx(nats(model, with_rounded(model, schemes, share)), rel=1e-2)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.4])
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_a_unit_among_rounded_ones(tmp_path: Path, name: str) -> None:
+def test_a_unit_among_rounded_ones(tmp_path: Path, name: str, share: float) -> None:
     model = random_model(CONFIGS[name])
     source = Checkpoint(save(model, tmp_path / "model"))
     names, walk, units = source.layout.names, a_walk(source, tmp_path), units_of(source)[1:]
     base = LayerSchemes(IntScheme(4), {f"1.{names[0]}": IntScheme(3, 16), f"0.{names[1]}": IntScheme(16)})
-    tried = ContextWalk(walk, units, base, IntScheme(2), rounding)
+    tried = ContextWalk(walk, units, base, IntScheme(2), rounding, share)
     for index in range(source.num_blocks):
         tried.block(index, source.block(index), names)
     schemes = {(index, name): base.of(index, name) for index in range(source.num_blocks) for name in names}
     for unit, found in zip([Unit(0, ()), *units], walk.divergences(), strict=True):
         changed = {**schemes, **{(unit.block, name): IntScheme(2) for name in unit.linears}}
         quantised = {key: scheme for key, scheme in changed.items() if scheme.quantised}
-        assert found == pytest.approx(nats(model, with_rounded(model, quantised)), rel=1e-2)
+        assert found == pytest.approx(nats(model, with_rounded(model, quantised, share)), rel=1e-2)
 
 
 def test_blocks_whose_errors_are_known_are_passed_and_change_nothing(tmp_path: Path) -> None:
