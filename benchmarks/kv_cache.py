@@ -18,7 +18,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,31 +43,37 @@ from ptql.formats.ptql import unpack_block  # noqa: E402
 
 OWN, PLAIN = "as the model says", "not packed"
 QUANTO = "quanto"
-BITS, WINDOWS = (8, 4, 3, 2), (0, 32, 128)
+BITS = (8, 4, 3, 2)
 PROMPT = "Tell me a long story about an old lighthouse keeper, his dog, and the winter in which the ships stayed away."
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Make = Callable[[PreTrainedModel], Cache]
 
 
-def caches(model: PreTrainedModel) -> Iterator[tuple[str, int, Make]]:
+def caches(model: PreTrainedModel, windows: Sequence[int]) -> Iterator[tuple[str, int, Make]]:
     """What a cache is called, its window, and how it is made for a model."""
     yield PLAIN, 0, lambda m: DynamicCache(config=m.config)
     try:
         ptql.PackedCache(model)
     except ptql.InputError:
-        choices: list[tuple[str, int | None]] = [(f"{bits} bits", bits) for bits in BITS]
+        choices = [(f"{bits} bits", {"bits": bits}) for bits in BITS]
+        choices += [(f"{bits} bits, keys by channel", {"bits": bits, "keys": "channel"}) for bits in BITS[1:]]
+        foreign = {f"{QUANTO}, {bits} bits": bits for bits in (4, 2)} if _has_quanto() else {}
     else:
-        choices = [(OWN, None)]
-    for name, bits in choices:
-        for window in WINDOWS:
-            yield name, window, lambda m, b=bits, w=window: ptql.PackedCache(m, b, w)
-    if find_spec("optimum") is not None and find_spec("optimum.quanto") is not None and choices[0][0] != OWN:
-        for bits in (4, 2):
+        choices, foreign = [(OWN, {})], {}
+    for name, how in choices:
+        for window in windows:
+            yield name, window, lambda m, how=how, w=window: ptql.PackedCache(m, window=w, **how)
+    for name, bits in foreign.items():
+        for window in windows[-1:]:
             yield (
-                f"{QUANTO}, {bits} bits",
-                128,
-                lambda m, b=bits: QuantizedCache("quanto", m.config, nbits=b, residual_length=128),
+                name,
+                window,
+                lambda m, b=bits, w=window: QuantizedCache("quanto", m.config, nbits=b, residual_length=w),
             )
+
+
+def _has_quanto() -> bool:
+    return find_spec("optimum") is not None and find_spec("optimum.quanto") is not None
 
 
 def held_bytes(cache: Cache) -> int:
@@ -193,6 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--length", type=int, default=4096, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--window", type=int, action="append", help="of the caches; 0, 32 and 128 by default")
     parser.add_argument("--chunk", type=int, default=16, help="tokens that are read at a time")
     parser.add_argument("--generate", type=int, default=512, help="tokens that are written")
     parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU by default, else float32")
@@ -217,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
         family = family_of(model.config.model_type)
         tokens = tokenize(tokenizer, read_text(args.text, "evaluation"))
         windows = consecutive_windows(tokens, args.length, bos_token(tokenizer, family.bos))[: args.windows]
-        for cache, window, make in caches(model):
+        for cache, window, make in caches(model, args.window or (0, 32, 128)):
             if (name, cache, window, machine["machine"]) in done:
                 continue
             row = {"model": name, "cache": cache, "window": window, "length": args.length, "windows": len(windows)}

@@ -11,15 +11,18 @@ from ptql.functional.token_codes import decode_tokens, encode_tokens, pack_token
 from ptql.nn.static_rounding import StaticRounding
 
 Stored = tuple[Tensor, ...]
-"""What a format stores of tokens; every tensor has batch, heads and tokens for its first axes."""
+"""What a format stores of tokens; every tensor has batch, heads and units of tokens for its first axes."""
 
 
 class CacheFormat(ABC):
     """How tokens of one layer's keys, or values, are stored."""
 
+    unit: int = 1
+    """Tokens that are stored together; the third axis of what is stored counts units."""
+
     @abstractmethod
     def encode(self, x: Tensor) -> Stored:
-        """What is stored of [batch, heads, tokens, width]."""
+        """What is stored of [batch, heads, tokens, width], whole units of tokens."""
 
     @abstractmethod
     def decode(self, stored: Stored, width: int) -> Tensor:
@@ -43,6 +46,29 @@ class TokenFormat(CacheFormat):
     def decode(self, stored: Stored, width: int) -> Tensor:
         codes, scale, zero = stored
         return decode_tokens(unpack_tokens(codes, self.bits, width), scale, zero)
+
+
+class ChannelFormat(CacheFormat):
+    """Each channel of each head on its own range over 64 tokens: of keys a few channels are wide in all tokens.
+
+    Source: KIVI (arXiv 2402.02750) section 3.2, whose groups have 32.
+
+    Args:
+        bits: Width of a code.
+    """
+
+    unit = 64
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+    def encode(self, x: Tensor) -> Stored:
+        codes, scale, zero = encode_tokens(x.unflatten(2, (-1, self.unit)).transpose(3, 4), self.bits)
+        return pack_tokens(codes, self.bits), scale, zero
+
+    def decode(self, stored: Stored, width: int) -> Tensor:
+        codes, scale, zero = stored
+        return decode_tokens(unpack_tokens(codes, self.bits, self.unit), scale, zero).transpose(3, 4).flatten(2, 3)
 
 
 class GridFormat(CacheFormat):

@@ -13,10 +13,13 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from ptql.errors import InputError
 from ptql.nn.attention import CACHE_ROUNDING, ROUNDED
-from ptql.nn.cache_formats import CacheFormat, GridFormat, TokenFormat
+from ptql.nn.cache_formats import CacheFormat, ChannelFormat, GridFormat, TokenFormat
 from ptql.nn.packed_tokens import PackedTokens
 from ptql.nn.static_rounding import grids_of
 from ptql.recipe import check_bits
+
+KEYS: dict[str, Callable[[int], CacheFormat]] = {"token": TokenFormat, "channel": ChannelFormat}
+"""How keys are stored, by what has a range of its own."""
 
 
 class PackedLayer(DynamicLayer):
@@ -128,7 +131,7 @@ class PackedCache(Cache):
     Without `bits` they are stored as the model was quantised to round them: on its fixed grids, or each token of each
     head on its own range. With `window=0` logits are then those of the model without a cache, the ones that perplexity
     was measured with (but for steps, which are stored in float16). With `bits`, any causal language model of
-    transformers can have one; each token of each head has its own range.
+    transformers can have one; each token of each head has its own range, or each channel of keys.
 
     All tokens that have left the window are rounded before attention sees them, those of a long prompt, too.
 
@@ -136,6 +139,8 @@ class PackedCache(Cache):
         model: Whose keys and values are stored.
         bits: 2 to 8, or None for those of a model that ptql made.
         window: How many of the latest tokens stay as they came, in the model's dtype.
+        keys: With `bits`: `token`, or `channel`, where each channel of each head has its own range over 64 tokens; up
+            to 63 more than `window` stay as they came then (KIVI). Better at 3 bits and fewer.
 
     Raises:
         InputError: No bits are said, or the model keeps its past in a form that this cache does not know.
@@ -143,23 +148,27 @@ class PackedCache(Cache):
 
     layers: list[PackedLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(self, model: PreTrainedModel, bits: int | None = None, window: int = 32) -> None:
+    def __init__(self, model: PreTrainedModel, bits: int | None = None, window: int = 32, keys: str = "token") -> None:
         if type(window) is not int or window < 0:
             raise InputError(f"window={window}: a number of tokens from 0 is needed; 32 is usual, 0 rounds all")
         if bits is not None:
             check_bits(bits, "cache", fewest=2, remedy="leave PackedCache out for 16")
             if bits > 8:
                 raise InputError(f"cache bits={bits}: 2 to 8 can be packed; leave PackedCache out for 16")
+        if keys not in KEYS:
+            raise InputError(f"keys={keys!r}: one of {', '.join(KEYS)} is needed; token is usual")
         own = _own_formats(model)
         if bits is None and not own:
             raise InputError("PackedCache: this model rounds no keys and values; say how many bits: bits=4")
+        if bits is None and keys != "token":
+            raise InputError(f"keys={keys!r}: this model rounds keys in its own way; say bits, or leave keys out")
         layers: list[Any] = []
         for index, layer in enumerate(DynamicCache(config=model.config).layers):
-            keys, values = own.get(index, (None, None)) if bits is None else (TokenFormat(bits), TokenFormat(bits))
+            formats = own.get(index, (None, None)) if bits is None else (KEYS[keys](bits), TokenFormat(bits))
             if type(layer) is DynamicSlidingWindowLayer:
-                layers.append(PackedSlidingLayer(keys, values, window, layer.sliding_window))
+                layers.append(PackedSlidingLayer(*formats, window, layer.sliding_window))
             elif type(layer) is DynamicLayer:
-                layers.append(PackedLayer(keys, values, window))
+                layers.append(PackedLayer(*formats, window))
             else:
                 raise InputError(
                     f"PackedCache: layer {index} of this model keeps its past in a {type(layer).__name__}; keys and "

@@ -14,7 +14,7 @@ from ptql.errors import InputError
 from ptql.families import family_of
 from ptql.nn import attention
 from ptql.nn.attention import CACHE_ROUNDING, QUERY_ROUNDING
-from ptql.nn.cache_formats import TokenFormat
+from ptql.nn.cache_formats import ChannelFormat, TokenFormat
 from ptql.nn.packed_tokens import PackedTokens
 from ptql.nn.static_rounding import attach_grids, grids_of
 from ptql.parts.activations.dynamic import TokenRounding
@@ -94,6 +94,56 @@ def test_a_window_over_everything_rounds_nothing(name: str) -> None:
     model = random_model(CONFIGS[name])
     cache = PackedCache(model, bits=2, window=1000)
     torch.testing.assert_close(grown(model, cache), at_once(model), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "opt"])
+def test_channels_are_rounded_in_whole_units(name: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide channels cost others nothing then; what is left of a unit stays as it came."""
+    monkeypatch.setattr(ChannelFormat, "unit", 4)
+    model = random_model(CONFIGS[name])
+    assert grown(model, PackedCache(model, 8, window, "channel")).sub(at_once(model)).abs().mean() < 0.05
+    cache = PackedCache(model, 2, window, "channel")
+    grown(model, cache)
+    keys, values = cache.layers[0].stores
+    assert keys.tokens == values.tokens
+    recent = list(keys.tensors())[-1].shape[2]
+    assert window <= recent < window + 4
+    if name != "mistral":  # where some of a unit may be forgotten
+        assert (keys.tokens - recent) % 4 == 0
+
+
+def test_channels_against_the_definition() -> None:
+    x = torch.randn(2, 3, 130, 8, dtype=torch.float64).float()
+    x[..., 5] *= 100
+    store = PackedTokens(ChannelFormat(3), 1)
+    for part in x.split(7, dim=2):
+        seen = store.append(part)
+    assert torch.equal(seen[:, :, 128:], x[:, :, 128:])
+    for start in (0, 64):
+        part, found = x[:, :, start : start + 64].double(), seen[:, :, start : start + 64].double()
+        low, high = part.amin(2, keepdim=True), part.amax(2, keepdim=True)
+        step = ((high - low) / 7).half().double()
+        zero = (-low / step).round()
+        expected = (((part / step).round() + zero).clamp(0, 7) - zero) * step
+        off = (expected - found).abs() > 1e-4 * step
+        assert off.float().mean() < 0.01  # numbers where codes meet
+
+
+def test_forgetting_parts_of_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ChannelFormat, "unit", 4)
+    x, nothing = torch.randn(1, 2, 30, 6), torch.zeros(1, 2, 0, 6)
+    for first, last in [(0, 0), (1, 0), (3, 5), (4, 9), (9, 1), (0, 25), (26, 2), (7, 20), (30, 0)]:
+        store = PackedTokens(ChannelFormat(8), 2)
+        whole = store.append(x)
+        store.drop_first(first)
+        store.drop_last(last)
+        assert store.tokens == 30 - first - last
+        assert torch.equal(store.append(nothing), whole[:, :, first : 30 - last])
+        more = store.append(x[:, :, :11])
+        assert more.shape[2] == store.tokens == 41 - first - last
+        torch.testing.assert_close(more[:, :, -2:], x[:, :, 9:11])
+        torch.testing.assert_close(more[:, :, : 30 - first - last], whole[:, :, first : 30 - last], atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "opt"])
@@ -243,12 +293,18 @@ def _tensors(cache: PackedCache) -> list[Tensor]:
         ({"bits": 1}, "cache bits=1: .* leave PackedCache out for 16"),
         ({"bits": 16}, "cache bits=16: 2 to 8 can be packed; leave PackedCache out"),
         ({"bits": True}, "cache bits=True: "),
+        ({"bits": 4, "keys": "head"}, "keys='head': one of token, channel is needed"),
         ({"bits": 4, "window": -1}, "window=-1: a number of tokens from 0 is needed; 32 is usual"),
     ],
 )
 def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         PackedCache(random_model(CONFIGS["llama"]), **settings)
+
+
+def test_a_model_that_rounds_keys_by_itself_has_no_other_way() -> None:
+    with pytest.raises(InputError, match="keys='channel': this model rounds keys in its own way; say bits"):
+        PackedCache(rounding("llama", 4), keys="channel")
 
 
 def test_a_model_without_keys_is_refused() -> None:
