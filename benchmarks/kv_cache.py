@@ -55,7 +55,7 @@ def caches(model: PreTrainedModel, windows: Sequence[int]) -> Iterator[tuple[str
     try:
         ptql.PackedCache(model)
     except ptql.InputError:
-        choices = [(f"{bits} bits", {"bits": bits}) for bits in BITS]
+        choices: list[tuple[str, dict[str, Any]]] = [(f"{bits} bits", {"bits": bits}) for bits in BITS]
         choices += [(f"{bits} bits, keys by channel", {"bits": bits, "keys": "channel"}) for bits in BITS[1:]]
         foreign = {f"{QUANTO}, {bits} bits": bits for bits in (4, 2)} if _has_quanto() else {}
     else:
@@ -232,6 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
             row |= perplexity(model, make, windows, args.chunk) | story(model, Path(directory), make, args.generate)
             command = ["benchmarks/kv_cache.py", "--model", f"{name}=DIR", "--text", Path(args.text).name]
             command += ["--length", str(args.length), "--windows", str(args.windows), "--chunk", str(args.chunk)]
+            command += [word for size in args.window or () for word in ("--window", str(size))]
             with open(args.results, "a", encoding="utf-8") as sink:
                 sink.write(json.dumps({**row, "command": shlex.join(["python", *command]), **machine}) + "\n")
             print(name, cache, window, row["ppl"], row["cache_bytes"], repr(row["written"][:60]), flush=True)

@@ -51,10 +51,9 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
 COUNTS = (1, 4, 8, 32)
 RANGES: dict[str, tuple[str, ...]] = {
     "minmax": ("--model.activation_quantizer.ranges", "minmax"),
-    "mse": ("--model.activation_quantizer.ranges", "mse"),
     "2^b steps": ("--model.activation_quantizer.faithful", "true"),
 }
-"""Each beside the recipe, whose row is in `grid`."""
+"""Each beside the recipe, whose row is in `grid`, as is that of `mse`."""
 ROUNDED: dict[str, tuple[str, tuple[str, ...]]] = {
     "rtn, a scale for each row": ("rtn", ()),
     "rtn, groups of 64": ("rtn", ("--model.weight.group_size", "64")),
@@ -126,7 +125,7 @@ def planned(args: argparse.Namespace) -> list[rows.Job]:
     made["learned"] = [
         job(args, "learned", label, "rptq", "w4a4", options, args.epochs) for label, options in LEARNED.items()
     ]
-    made["tiny"] = [made["grid"][3], made["clusters"][0], made["ranges"][1], made["weights"][3], made["learned"][1]]
+    made["tiny"] = [made["grid"][3], made["clusters"][0], made["ranges"][0], made["weights"][3], made["learned"][1]]
     return rows.shared_last([job for plan in args.plans for job in made[plan]], args)
 
 

@@ -21,6 +21,9 @@ from benchmarks.rptq import KINDS, PLANS, SCHEMES  # noqa: E402
 from benchmarks.tables import NONE  # noqa: E402
 
 
+RECIPE = ("W4A4: rptq", "W4A4: rptq, ranges by mse")
+
+
 def grid_table(rows: list[Row]) -> str:
     """For each text a line a scheme, a column a kind."""
     by_label = {row["label"]: row for row in rows}
@@ -50,7 +53,7 @@ def plain_table(rows: list[Row]) -> str:
 
 def beside_recipe(rows: list[Row]) -> str:
     """Below the recipe itself, at W4A4."""
-    return plain_table([row for row in rows if row["plan"] != "grid" or row["label"] == "W4A4: rptq"])
+    return plain_table([row for row in rows if row["plan"] != "grid" or row["label"] in RECIPE])
 
 
 TABLES: Tables = {
