@@ -20,7 +20,6 @@ from benchmarks.calibration_tables import markdown  # noqa: E402
 from benchmarks.rptq import KINDS, PLANS, SCHEMES  # noqa: E402
 from benchmarks.tables import NONE  # noqa: E402
 
-
 RECIPE = ("W4A4: rptq", "W4A4: rptq, ranges by mse")
 
 

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import ptql  # noqa: F401  (registers the format)
+import ptql
 from benchmarks.kills import alive
 from ptql.checkpoint import Checkpoint
 from ptql.evaluation.whole import load_whole, spread
 from ptql.functional import gptq
 from ptql.functional.affine import fake_quantize_tokens, grouped, weight_range
+from ptql.functional.clustering import cluster_labels
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
@@ -102,6 +103,25 @@ def test_gptq_chooses_the_codes_of_the_cpu(tmp_path: Path, stories_dir: Path, sh
     finally:
         torch.set_float32_matmul_precision(before)
     assert (found[0] == found[1]).double().mean() > 0.98  # one code that tips moves those behind it
+
+
+def test_channels_change_places_on_the_gpu_as_on_the_cpu(tmp_path: Path, stories_dir: Path, shared_dir: Path) -> None:
+    """And grids that are loaded there round as they do anywhere, also in a packed cache."""
+    text = shared_dir / "data/text/tinystories-test.jsonl"
+    rptq = ("-c", "methods/rptq", "-c", "schemes/w4a4", "--trainer.max_epochs", "0")
+    gpu = fit(tmp_path / "gpu", stories_dir, text, "--trainer.accelerator", "gpu", *rptq)
+    cpu = fit(tmp_path / "cpu", stories_dir, text, "--trainer.accelerator", "cpu", *rptq)
+    assert gpu["ppl"]["tiny"] == pytest.approx(cpu["ppl"]["tiny"], rel=0.05)
+    points = torch.randn(4, 200, 2)
+    assert torch.equal(cluster_labels(points, 8), cluster_labels(points.cuda(), 8).cpu())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "gpu/model", dtype=torch.float32).cuda()
+    ids = torch.arange(3, 99, device="cuda")[None]
+    cache, parts = ptql.PackedCache(model, window=0), []
+    with torch.no_grad():
+        for part in ids.split(17, dim=1):
+            parts.append(model(part, past_key_values=cache, use_cache=True).logits)
+        torch.testing.assert_close(torch.cat(parts, 1), model(ids, use_cache=False).logits, atol=0.05, rtol=0.01)
+    assert cache.stored_bytes() * 8 == cache.bytes_unpacked()  # 4 bits of 32
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
