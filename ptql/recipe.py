@@ -43,6 +43,8 @@ class IntScheme:
         salient_bits: Width of their codes, 2 to 8.
         scale_dtype: float16, or bfloat16: scales have that many digits, and codes are made for them. Runtimes that
             serve a model in bfloat16 have its scales in bfloat16, too, and would round others.
+        clustered: One scale for each output channel and each cluster of its input channels, as a transform that makes
+            clusters found them (RPTQ). Where none are made of what a layer reads, a row has one scale.
     """
 
     bits: int = 4
@@ -52,10 +54,11 @@ class IntScheme:
     salient: float | None = None
     salient_bits: int = 4
     scale_dtype: str = "float16"
+    clustered: bool = False
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "weight", fewest=1)
-        for name in ("symmetric", "balanced"):
+        for name in ("symmetric", "balanced", "clustered"):
             if type(getattr(self, name)) is not bool:
                 raise InputError(f"{name}={getattr(self, name)}: true or false is needed; leave it out for false")
         if type(self.group_size) is not int or (self.group_size != -1 and self.group_size < 1):
@@ -74,10 +77,20 @@ class IntScheme:
             )
         if self.scale_dtype not in SCALE_DTYPES:
             raise InputError(f"scale_dtype={self.scale_dtype}: one of {', '.join(SCALE_DTYPES)} is needed")
+        if self.clustered and self.group_size != -1:
+            raise InputError(
+                f"clustered=true with group_size={self.group_size}: a scale is either of a cluster or of neighbouring "
+                "columns; use clustered: false (--model.weight.clustered false), or group_size: -1"
+            )
         if self.salient is not None:
             self._check_salient(self.salient)
 
     def _check_salient(self, share: float) -> None:
+        if self.clustered:
+            raise InputError(
+                f"salient={share} with clustered=true: signs have one scale a row; use clustered: false, or salient: "
+                "null"
+            )
         if self.balanced:
             raise InputError(
                 f"salient={share} with balanced=true: a sign has two levels; use balanced: false, or salient: null"
@@ -105,6 +118,11 @@ class IntScheme:
         return self.bits < UNQUANTISED
 
     @property
+    def by_cluster(self) -> bool:
+        """Whether scales of clusters are stored: weights that are not quantised have none."""
+        return self.clustered and self.quantised
+
+    @property
     def levels(self) -> int:
         """How many values a code has."""
         return 2**self.bits + 1 if self.balanced else 2**self.bits
@@ -119,7 +137,7 @@ class IntScheme:
     def to_dict(self) -> dict[str, Any]:
         """Its settings as JSON; what is off is left out, as older readers do not know all of it."""
         off = {"balanced": not self.balanced, "scale_dtype": self.scale_dtype == "float16"}
-        off |= dict.fromkeys(("salient", "salient_bits"), self.salient is None)
+        off |= dict.fromkeys(("salient", "salient_bits"), self.salient is None) | {"clustered": not self.clustered}
         share = None if self.salient is None else float(self.salient)  # a 0 of YAML is no float
         return {name: value for name, value in {**asdict(self), "salient": share}.items() if not off.get(name)}
 
@@ -128,7 +146,8 @@ class IntScheme:
         return int(row * (self.salient or 0.0))
 
     def columns(self, row: int) -> int:
-        """Columns of a full group in a row of `row` columns."""
+        """Columns of a full group in a row of `row` columns; clusters have no size in common."""
+        assert not self.clustered
         return row if self.group_size == -1 else min(self.group_size, row)
 
     def groups(self, row: int) -> int:
@@ -156,9 +175,22 @@ class LayerSchemes:
     def any_quantised(self) -> bool:
         return any(scheme.quantised for scheme in (self.default, *self.exceptions.values()))
 
+    @property
+    def any_by_cluster(self) -> bool:
+        return any(scheme.by_cluster for scheme in (self.default, *self.exceptions.values()))
+
 
 LayerFormat = int | dict[str, int | float | bool | str | None]
 """What a pattern says of the layers it names: bits, or settings of an `IntScheme`."""
+
+
+def may_have_clusters(default: IntScheme, patterns: Mapping[str, LayerFormat]) -> bool:
+    """Whether some matrix has scales of clusters, as far as can be said before patterns meet the names of layers."""
+    formats = [{}, *({"bits": given} if isinstance(given, int) else given for given in patterns.values())]
+    return any(
+        given.get("clustered", default.clustered) and given.get("bits", default.bits) != UNQUANTISED
+        for given in formats
+    )
 
 
 def schemes_by_pattern(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         assert datamodule is not None
         built.append((model, datamodule, self))
 
-    def run(*names: str) -> Built:
+    def run(*names: str, options: tuple[str, ...] = ()) -> Built:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(BlockTrainer, "fit", fit)
-        assert main(["fit", *(part for name in names for part in ("-c", name)), *CPU]) == 0
+        assert main(["fit", *(part for name in names for part in ("-c", name)), *CPU, *options]) == 0
         assert list(tmp_path.iterdir()) == []
         return built.pop()
 
@@ -102,21 +103,24 @@ def test_a_scheme_has_the_numbers_of_its_name_and_of_its_comment(scheme: str) ->
     assert path.read_text().splitlines()[0] == f"# Weights: {of_weights}. Activations: {of_activations}."
 
 
-@pytest.mark.parametrize("scheme", sorted(set(SCHEMES) - {"w1.61a16"}))
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"ptq161"}))
+GROUPED = {scheme for scheme in SCHEMES if "g" in scheme}
+PAIRS = [(m, s) for m in sorted(set(METHODS) - {"ptq161"}) for s in sorted(set(SCHEMES) - {"w1.61a16"})]
+
+
+@pytest.mark.parametrize(("method", "scheme"), [(m, s) for m, s in PAIRS if m != "rptq" or s not in GROUPED])
 def test_every_method_with_every_scheme(build: Any, method: str, scheme: str) -> None:
     model, _, trainer = build(f"methods/{method}", f"schemes/{scheme}")
     weight, activation = numbers(scheme)
-    assert model.weight == weight
+    assert model.weight == replace(weight, clustered=method == "rptq")
     assert model.activation.bits == activation
     assert model.method == method
     assert isinstance(model.weight_quantizer, Affine)
     assert model.weight_quantizer.clip == (method not in NOTHING_LEARNED)
-    assert isinstance(model.weight_quantizer, Gptq) == (method == "gptq")
+    assert isinstance(model.weight_quantizer, Gptq) == (method in ("gptq", "rptq"))
     smoothed = method in SMOOTHED and activation < 16
     transforms = [Smooth, Compensate] if method == "abq" else [Smooth] * smoothed
     if method == "rptq":
-        transforms = [Permute] * (activation < 16)
+        transforms = [Permute]  # its clusters are those of weights, too
     static = method == "rptq" or scheme.endswith("_rptq")
     assert isinstance(model.activation_quantizer, StaticClusters if static else DynamicTokens)
     assert [type(transform) for transform in model.transforms] == transforms
@@ -183,9 +187,27 @@ def test_what_rptq_does(build: Any) -> None:
     assert (permute.multiple, permute.restarts) == (1, 10)
     assert isinstance(rounding, StaticClusters)
     assert (rounding.ranges, rounding.bits, rounding.faithful) == ("ema", {"softmax": 8}, False)
+    rounds = model.weight_quantizer
+    assert type(rounds) is Gptq
+    assert (rounds.clip, rounds.damping, rounds.act_order, rounds.factor_rank) == (False, 0.01, False, 0)
     papers, _, _ = build("methods/rptq", "schemes/w4a4_rptq")
     rounding.bits |= {"qkv": 8, "fc1": 8}
     assert papers.identity() == model.identity()
+
+
+def test_clusters_of_rptq_make_room_for_groups(build: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the options alone, of a scheme, or of what other runtimes compute with."""
+    groups = ("--model.weight.clustered", "false", "--model.weight.group_size", "128")
+    for options in (groups, (*groups[2:], *groups[:2])):
+        model, _, _ = build("methods/rptq", "schemes/w4a4", options=options)
+        assert (model.weight, [type(t) for t in model.transforms]) == (IntScheme(4, 128), [Permute])
+    model, _, _ = build("methods/rptq", "schemes/w3a16g64", options=groups[:2])
+    assert (model.weight, model.transforms) == (IntScheme(3, 64), [])
+    model, _, _ = build("methods/rptq", "schemes/w4a4", "presets/served")
+    assert model.weight == IntScheme(4, symmetric=True, scale_dtype="bfloat16")
+    with pytest.raises(AssertionError):
+        build("methods/rptq", "schemes/w3a16g64")
+    assert "clustered=true with group_size=64" in capsys.readouterr().err
 
 
 def test_ptq161_takes_no_other_format(build: Any, capsys: pytest.CaptureFixture[str]) -> None:

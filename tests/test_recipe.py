@@ -7,7 +7,7 @@ import pytest
 from ptql.calibration.ledger import difference
 from ptql.calibration.quant_lm import QuantLM
 from ptql.errors import InputError
-from ptql.recipe import ActivationScheme, IntScheme, LayerFormat, schemes_by_pattern
+from ptql.recipe import ActivationScheme, IntScheme, LayerFormat, LayerSchemes, may_have_clusters, schemes_by_pattern
 
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 NAMES = {f"model.layers.{index}.{name}": f"{index}.{name}" for index in range(12) for name in LINEARS}
@@ -135,3 +135,53 @@ def test_forms_that_runtimes_serve_are_settings_like_others() -> None:
             IntScheme(4, scale_dtype=dtype)
     with pytest.raises(InputError, match=r"salient=0\.2 with scale_dtype=bfloat16: .*leave scale_dtype out"):
         IntScheme(1, salient=0.2, scale_dtype="bfloat16")
+
+
+# Scales of clusters
+
+
+def test_clusters_are_neither_groups_nor_signs() -> None:
+    with pytest.raises(InputError, match=r"clustered=true with group_size=64: .*weight.clustered false\), or .*: -1"):
+        IntScheme(4, 64, clustered=True)
+    with pytest.raises(InputError, match=r"salient=0\.2 with clustered=true: .*clustered: false, or salient: null"):
+        IntScheme(1, salient=0.2, clustered=True)
+    assert IntScheme(4, clustered=True).to_dict() == {
+        "bits": 4,
+        "group_size": -1,
+        "symmetric": False,
+        "clustered": True,
+    }
+    assert "clustered" not in IntScheme(4).to_dict()
+    for bits, balanced in ((1, True), (2, True), (3, False), (8, False)):
+        assert IntScheme(bits, symmetric=True, balanced=balanced, clustered=True).by_cluster
+    assert not IntScheme(16, clustered=True).by_cluster
+
+
+def test_layers_may_differ_in_clusters() -> None:
+    default = IntScheme(4, clustered=True)
+    found = schemes_by_pattern(default, {"down_proj": 8, "o_proj": {"clustered": False, "group_size": 16}}, NAMES)
+    assert found.of(0, "mlp.down_proj") == IntScheme(8, clustered=True)
+    assert found.of(0, "self_attn.o_proj") == IntScheme(4, 16)
+    with pytest.raises(InputError, match="layers: o_proj: clustered=true with group_size=16"):
+        schemes_by_pattern(default, {"o_proj": {"group_size": 16}}, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("default", "patterns", "expected"),
+    [
+        (IntScheme(4), {}, False),
+        (IntScheme(4, clustered=True), {}, True),
+        (IntScheme(16, clustered=True), {}, False),
+        (IntScheme(16, clustered=True), {"down_proj": 4}, True),
+        (IntScheme(4), {"down_proj": {"clustered": True}}, True),
+        (IntScheme(16), {"down_proj": {"clustered": True}}, False),
+        (IntScheme(16), {"down_proj": {"clustered": True, "bits": 3}}, True),
+        (IntScheme(4), {"down_proj": 8}, False),
+    ],
+)
+def test_whether_clusters_are_wanted_is_known_before_layers_have_names(
+    default: IntScheme, patterns: dict[str, LayerFormat], expected: bool
+) -> None:
+    assert may_have_clusters(default, patterns) is expected
+    if not patterns:
+        assert LayerSchemes(default).any_by_cluster is expected

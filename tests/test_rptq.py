@@ -27,7 +27,7 @@ from ptql.formats.ptql import PackedFormat
 from ptql.nn.static_rounding import GRIDS
 from ptql.parts.activations import StaticClusters
 from ptql.parts.transforms import Permute, Smooth
-from ptql.parts.weights import Affine
+from ptql.parts.weights import Affine, Gptq
 from ptql.recipe import ActivationScheme, IntScheme, StaticSite
 from ptql.restoration.dense import why_not_dense
 from tests.calibration.test_trainer import loaded_logits, student_logits
@@ -40,15 +40,29 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CLUSTERS = {"qkv": 6, "qkt": 3, "out": 3, "fc1": 6, "fc2": 8}
 PERMUTE: dict[str, Any] = {"class_path": "ptql.parts.transforms.Permute", "init_args": {"clusters": CLUSTERS}}
 SMOOTH: dict[str, Any] = {"class_path": "ptql.parts.transforms.Smooth", "init_args": {"shift": "all", "lr": 0.01}}
-LEARNED = ("--model.transforms", json.dumps([PERMUTE, SMOOTH]), "--model.weight_quantizer.clip", "true")
-LEARNED += ("--trainer.max_epochs", "2")
+LEARNED = ("--model.transforms", json.dumps([PERMUTE, SMOOTH]), "--trainer.max_epochs", "2")
+GPTQ = "ptql.parts.weights.Gptq"
+NEAREST = {"class_path": "ptql.parts.weights.Affine", "init_args": {"clip": True}}
+FORMS: dict[str, Any] = {"clip": True, "initial": "search", "factor_rank": 1, "act_order": True}
+ROWS = ("--model.weight.clustered", "false")
 PLAIN = ("--model.transforms", json.dumps([PERMUTE]))
 KINDS: dict[str, tuple[str, ...]] = {
     "plain": ("-c", "schemes/w4a4", *PLAIN),
     "papers": ("-c", "schemes/w4a4_rptq", *PLAIN, "--model.activation_quantizer.ranges", "mse"),
     "cache": ("-c", "schemes/w4a16", *PLAIN, "--model.activation.kv_bits", "3"),
-    "learned": ("-c", "schemes/w4a4", *LEARNED),
-    "grids": ("-c", "schemes/w4a4", "--model.transforms", "[]"),
+    "learned": ("-c", "schemes/w4a4", *LEARNED, "--model.weight_quantizer.clip", "true"),
+    "nearest": ("-c", "schemes/w4a4", *LEARNED, "--model.weight_quantizer", json.dumps(NEAREST)),
+    "weights": ("-c", "schemes/w4a16", *PLAIN),
+    "forms": (
+        *("-c", "schemes/w3a16", *PLAIN, "--model.weight.symmetric", "true", "--model.weight.scale_dtype", "bfloat16"),
+        *(
+            "--trainer.max_epochs",
+            "2",
+            "--model.weight_quantizer",
+            json.dumps({"class_path": GPTQ, "init_args": FORMS}),
+        ),
+    ),
+    "grids": ("-c", "schemes/w4a4", "--model.transforms", "[]", *ROWS),
 }
 FEW = ("--data.length", "16", "--data.samples", "6", "--data.batch_size", "2", "--trainer.accelerator", "cpu")
 Runs = Callable[[str, str], Path]
@@ -85,14 +99,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def recipe_of(kind: str) -> QuantLM:
     bits = {"qkv": 8, "fc1": 8, "softmax": 8} if kind == "papers" else {"softmax": 8}
+    weight = {
+        "forms": IntScheme(3, symmetric=True, clustered=True, scale_dtype="bfloat16"),
+        "grids": IntScheme(4),
+    }
+    learned = kind in ("learned", "nearest")
     return QuantLM(
-        weight=IntScheme(4),
-        activation=ActivationScheme(16, kv_bits=3) if kind == "cache" else ActivationScheme(4),
-        transforms=[
-            *([Permute(clusters=CLUSTERS)] if kind != "grids" else []),
-            *([Smooth()] if kind == "learned" else []),
-        ],
-        weight_quantizer=Affine(clip=kind == "learned"),
+        weight=weight.get(kind, IntScheme(4, clustered=True)),
+        activation={
+            "cache": ActivationScheme(16, kv_bits=3),
+            "weights": ActivationScheme(),
+            "forms": ActivationScheme(),
+        }.get(kind, ActivationScheme(4)),
+        transforms=[*([Permute(clusters=CLUSTERS)] if kind != "grids" else []), *([Smooth()] if learned else [])],
+        weight_quantizer=Gptq(**FORMS) if kind == "forms" else Affine(clip=learned),  # which codes is no matter
         activation_quantizer=StaticClusters("mse" if kind == "papers" else "ema", bits),
     )
 
@@ -108,12 +128,26 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
 # What is stored and what is loaded
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "qwen3", "opt"])
+EVERYWHERE = [(name, kind) for name in ("llama", "qwen3", "opt") for kind in ("plain", "cache", "learned", "grids")]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *EVERYWHERE,
+        ("llama", "papers"),
+        ("llama", "nearest"),
+        ("llama", "forms"),
+        ("qwen3", "weights"),
+        ("opt", "weights"),
+    ],
+)
 def test_the_loaded_model_computes_what_was_calibrated(runs: Runs, name: str, kind: str) -> None:
     folder, ids = runs(name, kind), some_ids(tokens=20)
     expected = student_logits(folder / "run", folder / "source", recipe_of(kind), ids)
     found = loaded_logits(folder / "run", ids)
+    if kind in ("weights", "forms"):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert ((found - expected).abs() < 1e-4).float().mean() > 0.97  # a difference in the last bit may move a code
     original = AutoModelForCausalLM.from_pretrained(folder / "source", dtype=torch.float32)(ids).logits
     assert 1e-3 < (found - original).norm() / original.norm() < 1.3
@@ -142,7 +176,7 @@ def test_other_dtypes_keep_orders_and_grids(runs: Runs, dtype: torch.dtype) -> N
 
 def test_config_json_says_it_in_a_version_of_its_own(runs: Runs) -> None:
     found = stored_format(runs("llama", "papers"))
-    assert (found["format_version"], found["method"]) == (6, "rptq")
+    assert (found["format_version"], found["method"]) == (7, "rptq")
     assert found["activation"] == {"bits": 16, "qkv": False}  # nothing is rounded per token
     assert found["gathered_norms"] == ["input_layernorm", "post_attention_layernorm"]
     sites = found["static"]["sites"]
@@ -155,6 +189,8 @@ def test_config_json_says_it_in_a_version_of_its_own(runs: Runs) -> None:
     cache = stored_format(runs("llama", "cache"))
     assert set(cache["static"]["sites"]) == {"k", "v"}
     assert cache["static"]["softmax_bits"] == 16
+    rows = stored_format(runs("llama", "grids"))
+    assert (rows["format_version"], "clusters" in rows) == (6, False)
 
 
 def test_tensors_of_a_block(runs: Runs) -> None:
@@ -186,13 +222,18 @@ def test_the_format_comes_back(runs: Runs) -> None:
         ({"static": {"sites": {}}}, "'softmax_bits' is missing"),
         ({"static": {"sites": {"k": {"bits": 4}}, "softmax_bits": 16}}, "'rows' is missing"),
         ({"gathered_norms": [1]}, "more than names"),
+        ({"clusters": {"mlp.up_proj": 0}}, "clusters: mlp.up_proj=0 is not from 1 to 32768"),
+        ({"clusters": {"mlp.up_proj": "6"}}, "mlp.up_proj='6' is not a int"),
+        ({"clusters": ["mlp.up_proj"]}, r"clusters=\['mlp.up_proj'\] is not a dict"),
+        ({"weight": {**stored["weight"], "clustered": 1}}, "clustered=1 is not a bool"),
     ):
         with pytest.raises(InputError, match=message):
             PackedFormat.from_dict({**stored, **broken})
 
 
-def test_smoothing_and_clipping_learn_with_the_grids(runs: Runs) -> None:
-    blocks = json.loads((runs("llama", "learned") / "run/ledger/manifest.json").read_text())["blocks"]
+@pytest.mark.parametrize("kind", ["learned", "nearest"])
+def test_smoothing_and_clipping_learn_with_the_grids(runs: Runs, kind: str) -> None:
+    blocks = json.loads((runs("llama", kind) / "run/ledger/manifest.json").read_text())["blocks"]
     assert all(block["loss"] <= block["loss_start"] for block in blocks.values())
     assert any(block["loss"] < block["loss_start"] for block in blocks.values())
 
@@ -253,7 +294,10 @@ def test_norms_behind_the_residual(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert not (tmp_path / "run").exists()
     some = json.dumps([{**PERMUTE, "init_args": {"sites": ["qkt", "out", "fc2"]}}])
     assert fit(tmp_path, source, "-c", "schemes/w4a4", "--model.transforms", some) == 0
-    assert "gathered_norms" not in stored_format(tmp_path)
+    stored = stored_format(tmp_path)
+    assert "gathered_norms" not in stored
+    one_a_row = {f"self_attn.{part}_proj": 1 for part in "qkv"} | {"fc1": 1}
+    assert stored["clusters"] == {**one_a_row, "self_attn.out_proj": 16, "fc2": 32}
 
 
 def test_two_of_a_kind() -> None:

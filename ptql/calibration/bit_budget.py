@@ -37,7 +37,8 @@ class BitBudget:
         """Of the options; None without a budget.
 
         Raises:
-            InputError: Choices without a budget, fewer than two, or one that `weight` can't have.
+            InputError: Choices without a budget, fewer than two, or one that `weight` can't have; a `weight` that
+                leaves nothing to measure before blocks learn.
         """
         if bits is None:
             if choices is not None:
@@ -50,6 +51,11 @@ class BitBudget:
             raise InputError(
                 f"bits_budget={bits:g} with salient={weight.salient}: signs have no width to choose; leave bits_budget "
                 "out, or use another method"
+            )
+        if weight.clustered:
+            raise InputError(
+                f"bits_budget={bits:g} with clustered=true: widths are chosen before blocks have clusters; leave "
+                "bits_budget out, or use --model.weight.clustered false"
             )
         for width in widths:
             replace(weight, bits=width, balanced=False)  # which refuses what is no format
@@ -110,6 +116,11 @@ def plan_bits(model: QuantLM, source: Checkpoint, budget: BitBudget) -> BitPlan:
     if any(scheme.salient is not None for scheme in fixed.values()):
         raise InputError(
             "layers: salient channels beside a budget: what they lose is not measured; leave them, or bits_budget, out"
+        )
+    if any(scheme.by_cluster for scheme in fixed.values()):
+        raise InputError(
+            "layers: clustered=true beside a budget: widths are chosen before blocks have clusters; leave it, or "
+            "bits_budget, out"
         )
     units = tuple(
         Unit(index, free)

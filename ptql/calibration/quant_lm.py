@@ -19,6 +19,7 @@ from ptql.errors import InputError
 from ptql.formats.ptql import PackedFormat
 from ptql.formats.published import Published
 from ptql.nn.attention_probe import attach_probe
+from ptql.nn.static_rounding import INPUTS
 from ptql.nn.student import biased_linears, keep_narrow, make_student, weights_of
 from ptql.parts import settings
 from ptql.parts.activations import ActivationQuantizer, DynamicTokens
@@ -26,7 +27,16 @@ from ptql.parts.inputs import InputRange, SiteRange
 from ptql.parts.objectives import Objective, Reconstruction
 from ptql.parts.transforms import AddedBiases, BlockFacts, Transform
 from ptql.parts.weights import Affine, WeightQuantizer
-from ptql.recipe import ActivationScheme, IntScheme, LayerFormat, LayerSchemes, StaticScheme, schemes_by_pattern
+from ptql.parts.weights.column_clusters import cluster_counts, column_clusters
+from ptql.recipe import (
+    ActivationScheme,
+    IntScheme,
+    LayerFormat,
+    LayerSchemes,
+    StaticScheme,
+    may_have_clusters,
+    schemes_by_pattern,
+)
 from ptql.restoration.restored import Salience
 
 
@@ -86,7 +96,10 @@ class QuantLM(LightningModule):
         self.layer_schemes = LayerSchemes(weight)
         """Formats of all matrices; what `layers` says comes in when the source is opened."""
         self.salience: Salience | None = None
-        self.transforms = [t for t in transforms or [] if t.applies(weight, activation)]
+        wanted = may_have_clusters(weight, self.layers)
+        self.transforms = [
+            t for t in transforms or [] if t.applies(weight, activation) or (wanted and t.site_clusters())
+        ]
         self.weight_quantizer = weight_quantizer or Affine()
         self.activation_quantizer = activation_quantizer or DynamicTokens()
         if self.transforms and not self.weight_quantizer.takes_transforms:
@@ -124,6 +137,11 @@ class QuantLM(LightningModule):
         }
         self.layer_schemes = schemes_by_pattern(self.weight, self.layers, names)
         self.weight_quantizer.check(self.layer_schemes)
+        if self.layer_schemes.any_by_cluster and not self.site_clusters.keys() & set(INPUTS):
+            raise InputError(
+                "weight: clustered=true, and no transform makes clusters of what linear layers read; use "
+                "-c methods/rptq, which has Permute, or --model.weight.clustered false, with a group_size perhaps"
+            )
         self.take_salience(source)
         return source
 
@@ -170,14 +188,27 @@ class QuantLM(LightningModule):
         self, block: nn.Module, source: Checkpoint, activation: ActivationScheme | None = None
     ) -> StaticScheme | None:
         """What is rounded on fixed grids in `block`, one of the source; None where nothing is."""
-        clusters: dict[str, int] = {}
+        scheme = activation or self.activation
+        return self.activation_quantizer.static_scheme(block, source.layout, scheme, self.site_clusters)
+
+    @property
+    def site_clusters(self) -> dict[str, int]:
+        """Clusters of channels that transforms make at most in each row of a site."""
+        found: dict[str, int] = {}
         for transform in self.transforms:
-            clusters |= transform.site_clusters()
-        return self.activation_quantizer.static_scheme(block, source.layout, activation or self.activation, clusters)
+            found |= transform.site_clusters()
+        return found
+
+    def _stored_clusters(self, block: nn.Module, source: Checkpoint) -> dict[str, int]:
+        """How many clusters are stored of each linear layer that has scales of clusters in any block."""
+        schemes, blocks = self.layer_schemes, range(source.num_blocks)
+        counts = cluster_counts(block, source.layout, self.site_clusters)
+        return {name: n for name, n in counts.items() if any(schemes.of(index, name).by_cluster for index in blocks)}
 
     def packed_format(self, source: Checkpoint, added: AddedBiases) -> PackedFormat:
         """How the result is described in its config.json; `InputError` if it can't be."""
-        static = self.static_scheme(source.empty_block(0), source)
+        block = source.empty_block(0)
+        static = self.static_scheme(block, source)
         tokens = self.activation if static is None else ActivationScheme()  # rounded with a range for each
         for name in source.layout.names:
             rounding = self.activation_quantizer.for_linear(name, tokens)
@@ -203,6 +234,7 @@ class QuantLM(LightningModule):
             layers={name: scheme for name, scheme in schemes.exceptions.items() if scheme != schemes.default},
             gathered_norms=tuple(sorted(self.gathered_norms(source))),
             static=static,
+            clusters=self._stored_clusters(block, source),
         )
 
     def student(self, block: nn.Module, source: Checkpoint, activation: ActivationScheme | None = None) -> nn.Module:
@@ -244,19 +276,22 @@ class QuantLM(LightningModule):
             sites: What the full-precision block showed on the quantised stream, for transforms that watch it.
         """
         facts = BlockFacts(source.layout, weights_of(student), ranges, index, source.num_blocks, sites)
-        transforms = []
+        transforms, labels = [], {}
         for transform in self.transforms:
             transforms.append(transform.for_block(facts))
             facts = transforms[-1].after(facts)
+            labels |= transforms[-1].labels
         schemes = {name: self.layer_schemes.of(index, name) for name in source.layout.names}
         weights, inputs = facts.weights, facts.ranges
         if self.salience is not None:
             inputs = self.salience.of(index, source, next(student.parameters()).device)
-        quantizers = {
-            name: self.weight_quantizer.for_linear(name, weights[f"{name}.weight"], scheme, inputs.get(name))
-            for name, scheme in schemes.items()
-            if scheme.quantised
-        }
+        clusters = column_clusters(student, source.layout, self.site_clusters, labels)
+        quantizers = {}
+        for name, scheme in schemes.items():
+            if scheme.quantised:
+                more = {"clusters": clusters[name]} if scheme.clustered else {}
+                given = name, weights[f"{name}.weight"], scheme, inputs.get(name)
+                quantizers[name] = self.weight_quantizer.for_linear(*given, **more)
         compares = objective or self.objective
         task = BlockTask(
             student,

@@ -68,7 +68,7 @@ class RecordedRun:
         if source.fingerprint() != identity.get("source"):
             raise InputError(f"{source.directory}: not the weights that {directory} was made from; restore them")
         packed = Checkpoint(directory / MODEL)
-        if packed.packed is not None and (packed.packed.gathered_norms or packed.packed.static is not None):
+        if model.watches or (packed.packed is not None and packed.packed.static is not None):
             raise InputError(
                 f"{directory}: its blocks sort channels or have fixed grids, and how these were found is not kept, so "
                 "none can learn again; measure the run without adaptation"

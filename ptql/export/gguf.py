@@ -25,7 +25,7 @@ from ptql.export.gguf_architectures import (
 from ptql.export.gguf_fields import add_general, add_hyperparameters
 from ptql.export.gguf_tokenizer import vocabulary
 from ptql.export.layers import IntLayer, block_parts
-from ptql.export.refusals import packed_format, refuse_activations, refuse_factors, schemes
+from ptql.export.refusals import packed_format, refuse_activations, refuse_clusters, refuse_factors, schemes
 from ptql.export.target import Loader, Target
 from ptql.nn.packed_linear import LARGEST_HALF
 
@@ -60,6 +60,7 @@ class Gguf(Target):
                 "with --model.transforms.shift biased"
             )
         refuse_factors(model, self.name)
+        refuse_clusters(model, self.name)
         architecture_of(model)
         rope_parameters(model.config)
         for name, scheme, columns in schemes(model):

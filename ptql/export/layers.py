@@ -49,7 +49,7 @@ def int_layer(stored: Mapping[str, Tensor], columns: int, scheme: IntScheme) -> 
     Args:
         stored: `codes`, `scale` and perhaps `zero`, as in `PackedLinear`.
         columns: Of the matrix.
-        scheme: Its format; not one with salient channels.
+        scheme: Its format; not one with salient channels, or scales of clusters.
     """
     groups = scheme.groups(columns)
     scale = stored["scale"].view(torch.float16)

@@ -99,9 +99,20 @@ def refuse_factors(model: Checkpoint | PackedFormat, target: str) -> None:
         )
 
 
+def refuse_clusters(model: Checkpoint | PackedFormat, target: str) -> None:
+    """Scales of clusters of columns."""
+    for name, scheme in kinds(model):
+        if scheme.by_cluster:
+            raise InputError(
+                f"{target} has no scales of clusters, which are of any columns and any size ({name}); fit with "
+                "--model.weight.clustered false, with a group_size perhaps, or use --format dense"
+            )
+
+
 def refuse_kinds(model: Checkpoint | PackedFormat, target: str) -> None:
-    """Codes that are not plain integers, and factors beside them."""
+    """Codes that are not plain integers, scales of clusters, and factors beside them."""
     refuse_factors(model, target)
+    refuse_clusters(model, target)
     for name, scheme in kinds(model):
         if scheme.salient is not None or scheme.balanced:
             what, method = f"{scheme.levels} levels", ""

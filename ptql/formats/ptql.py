@@ -11,6 +11,7 @@ from torch import nn
 from ptql import __version__
 from ptql.errors import InputError
 from ptql.nn.attention import CACHE_ROUNDING, QUERY_ROUNDING
+from ptql.nn.clustered_linear import MOST_OF_A_MATRIX, ClusteredLinear
 from ptql.nn.packed_linear import Packed, PackedLinear
 from ptql.nn.quant_linear import QuantLinear, Rounding, ShiftedNorm, gather_inputs
 from ptql.nn.salient_linear import SalientLinear
@@ -19,10 +20,11 @@ from ptql.parts.activations.dynamic import TokenRounding
 from ptql.recipe import UNQUANTISED, ActivationScheme, IntScheme, LayerSchemes, StaticScheme, StaticSite
 
 QUANT_METHOD = "ptql"
-VERSIONS = (1, 2, 3, 4, 5, 6)
+VERSIONS = (1, 2, 3, 4, 5, 6, 7)
 """Of the format: 2 has factors; 3 has layers of other formats, five levels, one bit, and the cache's bits apart; 4 has
 signs beside salient channels; 5 has three levels; 6 has norms that reorder channels, and activations on fixed grids or
-without a zero point. Each is written only where it is needed, so that older readers have the others."""
+without a zero point; 7 has scales of clusters of columns. Each is written only where it is needed, so that older
+readers have the others."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class PackedFormat:
         layers: Formats of the weights of layers that differ from `weight`, by `INDEX.LINEAR`.
         gathered_norms: Norms that read their input's channels in an order of their own.
         static: What is rounded on fixed grids; nothing is then rounded per token.
+        clusters: How many clusters of columns share a scale in each row, of the layers whose format is `clustered`.
         ptql_version: The version that wrote the model.
     """
 
@@ -61,6 +64,7 @@ class PackedFormat:
     layers: Mapping[str, IntScheme] = field(default_factory=dict)
     gathered_norms: tuple[str, ...] = ()
     static: StaticScheme | None = None
+    clusters: Mapping[str, int] = field(default_factory=dict)
     ptql_version: str = __version__
 
     @property
@@ -82,6 +86,8 @@ class PackedFormat:
     @property
     def version(self) -> int:
         """The lowest that holds all that it says."""
+        if self.clusters:
+            return 7
         unzeroed = self.activation.symmetric and self.activation.quantised
         if unzeroed or self.gathered_norms or self.static is not None:
             return 6
@@ -122,6 +128,8 @@ class PackedFormat:
             described["gathered_norms"] = list(self.gathered_norms)
         if self.static is not None:
             described["static"] = self.static.to_dict()
+        if self.clusters:
+            described["clusters"] = dict(self.clusters)
         return described
 
     @classmethod
@@ -158,6 +166,7 @@ class PackedFormat:
             layers={name: _scheme(layers, name) for name in layers},
             gathered_norms=_names(stored, "gathered_norms") if "gathered_norms" in stored else (),
             static=_static(_take(stored, "static", dict)) if "static" in stored else None,
+            clusters=_clusters(stored) if version == 7 or "clusters" in stored else {},
             ptql_version=_take(stored, "ptql_version", str),
         )
 
@@ -183,7 +192,7 @@ def prepare_block(block: nn.Module, fmt: PackedFormat, index: int) -> None:
             linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
         scheme = fmt.schemes.of(index, name)
         if scheme.quantised:
-            block.set_submodule(name, _packed(linear, scheme, rounding, fmt.factor_rank))
+            block.set_submodule(name, _packed(name, linear, scheme, rounding, fmt))
         elif rounding is not None:
             block.set_submodule(name, QuantLinear(linear.weight, linear.bias, rounding))
     for name in fmt.shifted_norms:
@@ -195,7 +204,7 @@ def prepare_block(block: nn.Module, fmt: PackedFormat, index: int) -> None:
             setattr(attention, which, TokenRounding(bits))
 
 
-def _packed(linear: nn.Linear, scheme: IntScheme, rounding: Rounding | None, factor_rank: int) -> Packed:
+def _packed(name: str, linear: nn.Linear, scheme: IntScheme, rounding: Rounding | None, fmt: PackedFormat) -> Packed:
     """An empty layer of this format in the place of `linear`."""
     given: dict[str, Any] = {
         "in_features": linear.in_features,
@@ -206,7 +215,13 @@ def _packed(linear: nn.Linear, scheme: IntScheme, rounding: Rounding | None, fac
         "device": linear.weight.device,
         "dtype": linear.weight.dtype,
     }
-    return PackedLinear(**given, factor_rank=factor_rank) if scheme.salient is None else SalientLinear(**given)
+    if scheme.salient is not None:
+        return SalientLinear(**given)
+    if not scheme.clustered:
+        return PackedLinear(**given, factor_rank=fmt.factor_rank)
+    if name not in fmt.clusters:
+        raise InputError(f"quantization_config: clusters: {name} is missing, whose scales are of clusters; {_REMEDY}")
+    return ClusteredLinear(**given, factor_rank=fmt.factor_rank, clusters=fmt.clusters[name])
 
 
 def unpack_block(block: nn.Module) -> None:
@@ -246,6 +261,7 @@ def _scheme(stored: Mapping[str, Any], key: str) -> IntScheme:
         salient=_take(found, "salient", float) if "salient" in found else None,
         salient_bits=_take(found, "salient_bits", int) if "salient" in found else 4,
         scale_dtype=_take(found, "scale_dtype", str) if "scale_dtype" in found else "float16",
+        clustered="clustered" in found and _take(found, "clustered", bool),
     )
 
 
@@ -259,6 +275,16 @@ def _site(stored: Mapping[str, Any], key: str) -> StaticSite:
     found = _take(stored, key, dict)
     numbers = {name: _take(found, name, int) for name in ("bits", "rows", "width", "clusters")}
     return StaticSite(**numbers, linears=_names(found, "linears"))
+
+
+def _clusters(stored: Mapping[str, Any]) -> dict[str, int]:
+    counts = _take(stored, "clusters", dict)
+    for name in counts:
+        if not 1 <= _take(counts, name, int) <= MOST_OF_A_MATRIX:
+            raise InputError(
+                f"quantization_config: clusters: {name}={counts[name]} is not from 1 to {MOST_OF_A_MATRIX}; {_REMEDY}"
+            )
+    return counts
 
 
 def _rank(stored: Mapping[str, Any]) -> int:

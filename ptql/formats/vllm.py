@@ -53,7 +53,7 @@ def served_format(stored: Mapping[str, Any]) -> PackedFormat:
 
     Raises:
         InputError: It says more than they can do: rounded activations or attention, biases of learned shifts, factors,
-            codes that are not plain integers of 2 to 8 bits. The text says what to do.
+            scales of clusters, codes that are not plain integers of 2 to 8 bits. The text says what to do.
     """
     fmt = PackedFormat.from_dict(stored)
     refuse_additions(fmt, TARGET)

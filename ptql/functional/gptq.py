@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from ptql.functional import affine
@@ -68,7 +68,7 @@ def encode(
     low: Float[Tensor, "out g 1"],
     high: Float[Tensor, "out g 1"],
     levels: int,
-    columns: int,
+    columns: int | Int[Tensor, " in"],
     symmetric: bool,
     damping: float = 0.01,
     act_order: bool = False,
@@ -85,7 +85,7 @@ def encode(
         low: Lower end of each group's range.
         high: Upper end.
         levels: Values of a code.
-        columns: Of a full group.
+        columns: Of a full group of neighbours; or the number of each column's group, wherever its columns are.
         symmetric: No zero points.
         damping: What is added to the diagonal of the moments, in parts of its mean.
         act_order: Begin with the columns that have the largest inputs, while most others are there to make up for them.
@@ -97,11 +97,12 @@ def encode(
     if act_order:
         order = moments.diagonal().argsort(descending=True, stable=True)
         moments = moments[order][:, order]
+    groups = order // columns if isinstance(columns, int) else columns[order]
     rounded = torch.empty(w.shape[::-1], dtype=torch.uint8, device=w.device)
     rounded[order] = _fed_back(
         w.t()[order].contiguous(),
         inverse_factor(moments, damping).to(w.dtype),
-        (order // columns).tolist(),
+        groups.tolist(),
         scale.squeeze(-1).t().contiguous(),
         zero.squeeze(-1).t().contiguous(),
         levels - 1,

@@ -64,6 +64,11 @@ def dense_from_packed(
         scheme.levels,
         scheme.columns(in_features),
     )
+    return times_factors(rounded, tensors)
+
+
+def times_factors(rounded: Float[Tensor, "out in"], tensors: dict[str, Tensor]) -> Float[Tensor, "out in"]:
+    """Decoded weights times the factors that are stored beside them, if there are any."""
     if tensors.get("left") is None:
         return rounded
     return rounded * factor(*(tensors[name].view(torch.float16).float() for name in ("left", "right")))
@@ -188,6 +193,7 @@ class PackedLinear(Packed):
         device: Of all tensors.
         dtype: Of the bias.
         factor_rank: k; 0 for no factors.
+        groups: g; None for as many as the scheme makes of `in_features`.
     """
 
     codes: Tensor
@@ -206,9 +212,10 @@ class PackedLinear(Packed):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         factor_rank: int = 0,
+        groups: int | None = None,
     ) -> None:
         super().__init__(in_features, out_features, scheme, bias, rounding, device, dtype)
-        groups = scheme.groups(in_features)
+        groups = scheme.groups(in_features) if groups is None else groups
 
         def zeros(columns: int, kind: torch.dtype, rows: int = out_features) -> Tensor:
             return torch.zeros(rows, columns, dtype=kind, device=device)

@@ -48,6 +48,7 @@ def recipe_of(run: RunFiles) -> Recipe:
     scheme = f"w{bits:g}{'b' if balanced else ''}a{act:g}"
     scheme += (f"kv{cache:g}" if cache == cache else "") + (f"g{group:g}" if grouped else "")
     rows = f"groups of {group:g} columns" if grouped else "a scale per row"
+    rows += " and cluster of columns" if weight.get("clustered") is True else ""
     kind = ", symmetric" if weight.get("symmetric") is True else ""
     levels = "three-level" if bits == 1 else "five-level"
     what = levels if balanced else f"{bits:g}-bit" if mixed or share != share else _signs(bits, share, wide)

@@ -256,6 +256,8 @@ def test_lines_while_measuring(
 
 # What is refused
 
+CLUSTERED = ("--model.transforms", '["ptql.parts.transforms.Permute"]', "--model.layers")
+
 
 @pytest.mark.parametrize(
     ("more", "message"),
@@ -271,6 +273,11 @@ def test_lines_while_measuring(
             r"bits_choices=\[3, 4\]: without a budget nothing is chosen",
         ),
         (("--bits_budget", "3", "--model.layers", "{layers: 4}"), "layers: every layer is named there"),
+        (("--bits_budget", "3", "--model.weight.clustered", "true"), "bits_budget=3 with clustered=true: .*false$"),
+        (
+            ("--bits_budget", "3", *CLUSTERED, "{down_proj: {clustered: true}}"),
+            "layers: clustered=true beside a budget: .*, or bits_budget, out$",
+        ),
     ],
 )
 def test_what_can_not_be_met_is_refused_before_anything_is_written(

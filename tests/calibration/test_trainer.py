@@ -294,7 +294,7 @@ def student_logits(run: Path, source: Path, recipe: QuantLM, ids: Tensor) -> Ten
         block = checkpoint.block(index)
         ranges = streams.teach(block, checkpoint.layout, ("fp",))
         student = recipe.student(block, checkpoint)
-        task = recipe.block_task(index, student, checkpoint, ranges, streams.context)
+        task = recipe.block_task(index, student, checkpoint, ranges, streams.context, begin=False)
         found = ledger.read(index)
         assert found is not None
         streams.advance(streams.output(student, task.decode(found.stored)))

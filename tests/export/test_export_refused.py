@@ -23,6 +23,8 @@ ATTENTION = ("--model.activation_quantizer", "DynamicTokens", "--model.activatio
 BF16 = ("--model.weight.scale_dtype", "bfloat16")
 LRQUANT = ("-c", "methods/lrquant", "-c", "schemes/w4a8", *SERVED, "--trainer.max_epochs", "0")
 PTQ161 = ("-c", "methods/ptq161", "-c", "schemes/w1.61a16", "--trainer.max_epochs", "0", "--trainer.callbacks", "null")
+SITES = '[{"class_path": "ptql.parts.transforms.Permute", "init_args": {"sites": ["out", "fc2"]}}]'
+CLUSTERED = ("-c", "methods/rptq", "-c", "schemes/w4a16", "--model.transforms", SITES)
 Runs = Callable[..., Path]
 
 
@@ -164,6 +166,8 @@ SHIFT, GROUPS = ("--model.transforms.shift", "biased"), "--model.weight.group_si
          (*RTN, "-c", "schemes/w2a16g64", GROUPS, "32")),
         (CT, PTQ161, "no codes of signs and salient channels .*another method than ptq161",
          (*RTN, "-c", "schemes/w2a16")),
+        (CT, CLUSTERED, r"no scales of clusters.*0\.self_attn\.q_proj.*; fit with --model.weight.clustered false",
+         ("--model.weight.clustered", "false")),
         (CT, (*RTN, *weights(1)), "no runtime reads codes of 1 bit .*with 2 bits", ("--model.weight.bits", "2")),
         (CT, (*RTN, *weights(4, True, 48)), f"64 columns of .* no multiple of 48.*{GROUPS} 32 or -1$", (GROUPS, "32")),
         (CT, (*RTN, *weights(4, True, 128)), f"64 columns of .* no multiple of 128.*{GROUPS} 32 or -1$",
@@ -197,6 +201,7 @@ def test_the_remedy_works(
         (CT, (*RTN, "--model.weight_quantizer.factor_rank", "1"), "dense"),
         (CT, (*RTN, "-c", "schemes/w2ba16"), "dense"),
         (CT, PTQ161, "dense"),
+        (CT, CLUSTERED, "dense"),
         (CT, (*RTN, *weights(1)), "dense"),
         ("gptq", (*RTN, *weights(5, True)), CT),
         ("gptq", (*RTN, *weights(4, False, 2)), "gptq_v2"),

@@ -76,6 +76,7 @@ def fmt_of(
 
 
 W4 = IntScheme(4, 16, symmetric=False)
+CLUSTERS = 6
 GRIDS = StaticScheme(
     {
         "qkv": StaticSite(4, 1, 48, 2, LAYOUT.linears[0]),
@@ -96,6 +97,15 @@ FORMATS = {  # each version of the format, and each kind of layer
     "6_fixed_grids": (6, fmt_of(W4, static=GRIDS)),
     "6_reordered_norms": (6, fmt_of(W4, gathered_norms=NORMS)),
     "6_symmetric_activations": (6, fmt_of(IntScheme(8, -1), activation=8, symmetric=True)),
+    "7_clustered": (
+        7,
+        fmt_of(
+            IntScheme(4, clustered=True),
+            rank=1,
+            layers={"0.mlp.down_proj": W4},
+            clusters={**dict.fromkeys(LAYOUT.names, CLUSTERS), "self_attn.o_proj": 300},
+        ),
+    ),
 }
 
 
@@ -106,6 +116,8 @@ def random_bits(name: str, like: Tensor) -> Tensor:
         return torch.randperm(len(like)).to(torch.int32)
     if ".grids." in name and like.dtype != torch.int16:
         return torch.randint(0, {"zero": 16, "cluster": 2}[end], like.shape).to(like.dtype)
+    if end == "group":
+        return torch.randint(0, CLUSTERS, like.shape).to(like.dtype)
     if like.dtype == torch.int16:
         size = 1.0 if end in ("left", "right", "columns") or ".grids." in name else 0.05
         return (size * (0.5 + torch.rand(like.shape))).half().view(torch.int16)
@@ -223,7 +235,7 @@ def split(directory: Path, offload: Path) -> PreTrainedModel:
     return load(directory, device_map={**near, "model.layers.1": "disk"}, offload_folder=str(offload))
 
 
-@pytest.mark.parametrize("case", ["1_rounded_and_shifted", "2_factors", "4_salient", "6_fixed_grids"])
+@pytest.mark.parametrize("case", ["1_rounded_and_shifted", "2_factors", "4_salient", "6_fixed_grids", "7_clustered"])
 def test_blocks_on_the_disk_give_the_same_logits(tmp_path: Path, case: str) -> None:
     directory = write(tmp_path / "model", FORMATS[case][1])
     model = split(directory, tmp_path / "offload")
@@ -313,7 +325,7 @@ def learn(model: nn.Module, steps: int = 6) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "case", ["1_asymmetric_groups", "1_rounded_and_shifted", "2_factors", "4_salient", "6_fixed_grids"]
+    "case", ["1_asymmetric_groups", "1_rounded_and_shifted", "2_factors", "4_salient", "6_fixed_grids", "7_clustered"]
 )
 def test_lora_learns_on_a_packed_model(tmp_path: Path, case: str) -> None:
     directory = write(tmp_path / "model", FORMATS[case][1])
@@ -452,7 +464,9 @@ def test_lora_is_merged_into_the_unpacked_model(tmp_path: Path) -> None:
 # Unpacking
 
 
-@pytest.mark.parametrize("case", ["1_symmetric_rows", "2_factors", "3_several_formats", "3_five_levels", "4_salient"])
+@pytest.mark.parametrize(
+    "case", ["1_symmetric_rows", "2_factors", "3_several_formats", "3_five_levels", "4_salient", "7_clustered"]
+)
 def test_a_dequantised_model_is_the_architectures_own(tmp_path: Path, case: str) -> None:
     model = load(write(tmp_path / "model", FORMATS[case][1]))
     expected = logits(model)

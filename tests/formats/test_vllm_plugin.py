@@ -174,11 +174,24 @@ W4 = IntScheme(4, 32, symmetric=False)
         (fmt_of(W4, static=StaticScheme({}, 8)), "fixed grids of clusters"),
         (fmt_of(W4, gathered_norms=("input_layernorm",)), "no norms that reorder channels"),
         (fmt_of(W4, factor_rank=1), "no place for factors"),
+        (fmt_of(IntScheme(4, clustered=True)), r"scales of clusters.*--model.weight.clustered false"),
         (fmt_of(IntScheme(1, salient=0.2)), r"signs and salient channels \(all layers\); .*--format dense"),
         (fmt_of(W4, layers={"0.mlp.up_proj": IntScheme(2, balanced=True)}), r"5 levels \(0\.mlp\.up_proj\)"),
         (fmt_of(IntScheme(1, 64)), "no kernel reads codes of 1 bit"),
     ],
-    ids=["norms", "biases", "activations", "cache", "grids", "order", "factors", "salient", "levels", "one_bit"],
+    ids=[
+        "norms",
+        "biases",
+        "activations",
+        "cache",
+        "grids",
+        "order",
+        "factors",
+        "clusters",
+        "salient",
+        "levels",
+        "one_bit",
+    ],
 )
 def test_what_vllm_can_not_do_is_refused(config: Any, fmt: PackedFormat, said: str) -> None:
     with pytest.raises(InputError, match=f"vLLM.*{said}"):

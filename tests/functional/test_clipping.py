@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ptql.functional import affine
-from ptql.functional.clipping import SHARES, best_share
+from ptql.functional.clipping import SHARES, best_share, best_share_of_clusters
 
 
 @pytest.mark.parametrize(("levels", "symmetric"), [(2, False), (3, True), (4, False), (4, True), (5, True), (8, False)])
@@ -59,3 +59,16 @@ def test_a_short_group_is_not_disturbed_by_what_fills_it_up_and_zeros_are_not_cl
     w = torch.randn(5, 11, dtype=torch.float64)
     assert torch.equal(best_share(affine.grouped(w, 8), 4, False)[:, 1], best_share(w[:, None, 8:], 4, False)[:, 0])
     assert (best_share(torch.zeros(2, 1, 4), 4, False) == SHARES[-1]).all()
+
+
+@pytest.mark.parametrize(("levels", "symmetric"), [(4, False), (5, True), (16, False)])
+def test_a_cluster_has_the_best_share_of_its_columns(levels: int, symmetric: bool) -> None:
+    torch.manual_seed(4)
+    w, cluster = torch.randn(5, 20, dtype=torch.float64) ** 3, torch.randint(0, 3, (20,))
+    found = best_share_of_clusters(w, cluster, 4, levels, symmetric)
+    for c in range(3):
+        for i in range(5):
+            own = w[i, cluster == c].tolist()
+            errors = [error_of(own, share, levels, symmetric) for share in SHARES]
+            assert errors[SHARES.index(found[i, c].item())] == pytest.approx(min(errors), rel=1e-12)
+    assert (found[:, 3] == SHARES[-1]).all()  # of no columns

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptql.functional import affine, gptq
+from ptql.functional import affine, cluster_scales, gptq
 
 SHAPES = [(40, 16), (48, 48), (300, 64), (7, 3), (20, 128)]  # row, columns of a group; a short last group in three
 GRIDS = [(2, False), (3, True), (4, False), (4, True), (5, True), (8, False), (16, False), (16, True), (256, False)]
@@ -38,18 +38,19 @@ def by_hand(
     moments: Tensor,
     grid: tuple[Tensor, Tensor],
     levels: int,
-    columns: int,
+    columns: int | list[int],
     order: list[int],
     gain: Tensor | None = None,
 ) -> Tensor:
     """Codes [out, in]: each weight in turn is rounded, and the others of its row move by the inverse's row."""
     row, (scale, zero) = w.shape[1], grid
     damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(row, dtype=w.dtype)
+    group = [j // columns for j in range(row)] if isinstance(columns, int) else columns
     codes = torch.zeros(w.shape, dtype=torch.uint8)
     for i in range(len(w)):
         left, inverse = w[i].clone(), torch.linalg.inv(damped)
         for j in order:
-            step, middle = scale[i, j // columns, 0].item(), zero[i, j // columns, 0].item()
+            step, middle = scale[i, group[j], 0].item(), zero[i, group[j], 0].item()
             step *= 1.0 if gain is None else gain[i, j].item()
             code = min(max(round(left[j].item() / step) + middle, 0), levels - 1)
             codes[i, j] = int(code)
@@ -79,6 +80,26 @@ def test_codes_are_those_of_optimal_brain_quantisation(
     assert torch.equal(scale, same_scale)
     assert zero is None if symmetric else torch.equal(zero, same_zero)
     assert row < 40 or levels == 2 or not torch.equal(codes, nearest)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(("levels", "symmetric"), [(4, False), (5, True), (16, False)])
+def test_groups_may_be_of_any_columns_and_any_size(levels: int, symmetric: bool, act_order: bool) -> None:
+    w, moments = some_weights(40), some_moments(40)
+    torch.manual_seed(5)
+    cluster = torch.multinomial(torch.tensor([0.7, 0.05, 0.05, 0.2]), 40, replacement=True)
+    low, high = (0.9 * end for end in cluster_scales.weight_range(w, cluster, 5))
+    codes, scale, zero = gptq.encode(w, moments, low, high, levels, cluster, symmetric, act_order=act_order)
+    order = moments.diagonal().argsort(descending=True).tolist() if act_order else list(range(40))
+    grid = affine.stored_grid(low, high, levels, symmetric)
+    assert torch.equal(codes, by_hand(w, moments, grid, levels, cluster.tolist(), order))
+    nearest, same_scale, same_zero = cluster_scales.encode(w, low, high, levels, cluster, symmetric)
+    assert torch.equal(scale, same_scale)
+    assert zero is None if symmetric else torch.equal(zero, same_zero)
+    assert levels < 16 or not torch.equal(codes, nearest)
+    same = gptq.encode(w, moments, *ranges(w, 16), levels, torch.arange(40) // 16, symmetric, act_order=act_order)
+    neighbours = gptq.encode(w, moments, *ranges(w, 16), levels, 16, symmetric, act_order=act_order)
+    assert torch.equal(same[0], neighbours[0])
 
 
 def test_columns_to_come_are_the_best_for_what_was_lost_before_them() -> None:

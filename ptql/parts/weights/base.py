@@ -10,6 +10,7 @@ from ptql.errors import InputError
 from ptql.functional.buffers import write_into
 from ptql.functional.scaled import Scaled
 from ptql.parts.inputs import InputRange
+from ptql.parts.weights.column_clusters import ColumnClusters
 from ptql.recipe import IntScheme, LayerSchemes
 
 
@@ -62,6 +63,8 @@ class WeightQuantizer(ABC):
     """Whether its quantisers give a gradient to weights that transforms fold."""
     chooses_channels: bool = False
     """Whether sizes of inputs decide how a channel is stored."""
+    takes_clusters: bool = False
+    """Whether its quantisers have scales of clusters; `for_linear` is told these where the format asks for them."""
     wants_moments: bool = False
     """Whether its quantisers encode by second moments of inputs (`encode_on`), a pass of the block for each input."""
 
@@ -73,9 +76,27 @@ class WeightQuantizer(ABC):
                     f"weight: salient={scheme.salient} with {type(self).__name__}, whose codes are all alike; use the "
                     "weight quantiser SalientBinary (-c methods/ptq161), or salient: null"
                 )
+            if scheme.by_cluster and not self.takes_clusters:
+                raise InputError(
+                    f"weight: clustered=true with {type(self).__name__}, which has no scales of clusters; use the "
+                    "weight quantiser Affine or Gptq, or clustered: false (--model.weight.clustered false)"
+                )
 
     @abstractmethod
     def for_linear(
-        self, name: str, weight: Tensor, scheme: IntScheme, inputs: InputRange | None = None
+        self,
+        name: str,
+        weight: Tensor,
+        scheme: IntScheme,
+        inputs: InputRange | None = None,
+        clusters: ColumnClusters | None = None,
     ) -> LinearQuantizer:
-        """The quantiser of the matrix `name`, [out, in], at its initial state; `inputs` where they were observed."""
+        """The quantiser of the matrix `name`, [out, in], at its initial state.
+
+        Args:
+            name: In the block.
+            weight: The matrix, as transforms fold it at first.
+            scheme: Its format.
+            inputs: Of the layer, where they were observed.
+            clusters: Of its columns, where the format is `clustered`; without `takes_clusters`, it never is.
+        """

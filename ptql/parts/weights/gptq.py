@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from ptql.errors import check_number
-from ptql.functional import affine, gptq
+from ptql.functional import gptq
 from ptql.functional.factored import factor
-from ptql.nn.packed_linear import packed_tensors, stored_half
+from ptql.nn.packed_linear import stored_half
 from ptql.parts.inputs import InputRange
-from ptql.parts.weights.affine import USUAL, Affine, AffineLinear
+from ptql.parts.weights.affine import USUAL, Affine
+from ptql.parts.weights.affine_linear import AffineLinear
 from ptql.parts.weights.base import LinearQuantizer
+from ptql.parts.weights.clustered_affine import ClusteredAffineLinear
+from ptql.parts.weights.column_clusters import ColumnClusters
 from ptql.recipe import IntScheme
 
 LEAST_DAMPING, MOST_DAMPING = 1e-6, 1.0
@@ -34,7 +37,8 @@ class Gptq(Affine):
         factor_rank: Learn a factor of this rank for each matrix, as in `Affine`; 0 for none.
         damping: Added to the diagonal of the inputs' second moments, in parts of its mean (the original's percdamp).
         act_order: Round the columns with the largest inputs first (off in the original, if nothing is said). Scales
-            stay those of neighbouring columns, so that nothing else is stored and loaded models are no slower.
+            stay those of neighbouring columns, or of clusters, so that nothing else is stored and loaded models are no
+            slower.
     """
 
     wants_moments = True
@@ -55,38 +59,45 @@ class Gptq(Affine):
         self.act_order = act_order
 
     def for_linear(
-        self, name: str, weight: Tensor, scheme: IntScheme, inputs: InputRange | None = None
+        self,
+        name: str,
+        weight: Tensor,
+        scheme: IntScheme,
+        inputs: InputRange | None = None,
+        clusters: ColumnClusters | None = None,
     ) -> LinearQuantizer:
         rows, row = weight.shape
-        learned = self.first_logit, self.lr, self.factor_rank
-        return GptqLinear(rows, row, scheme, *learned, damping=self.damping, act_order=self.act_order)
+        given = rows, row, scheme, self.first_logit, self.lr, self.factor_rank
+        own: dict[str, Any] = {"damping": self.damping, "act_order": self.act_order}
+        return GptqLinear(*given, **own) if clusters is None else ClusteredGptqLinear(*given, clusters=clusters, **own)
 
 
 class GptqLinear(AffineLinear):
     """`AffineLinear` of a [out, in] matrix, with another choice of codes where second moments of inputs are known."""
 
-    def __init__(self, *args: Any, damping: float, act_order: bool) -> None:
-        super().__init__(*args)
+    def __init__(self, *given: Any, damping: float, act_order: bool, **named: Any) -> None:
+        super().__init__(*given, **named)
         self.damping = damping
         self.act_order = act_order
 
     def encode_on(self, w: Tensor, moments: Tensor) -> dict[str, Tensor]:
-        s = self.scheme
-        columns = s.columns(self.row)
-        factors = gain = None
-        if self.left is not None and self.right is not None:
-            factors = self.left, self.right
-            gain = factor(*(stored_half(part).view(torch.float16).float() for part in factors))
-        codes, scale, zero = gptq.encode(
+        s, gain = self.scheme, None
+        if self.factors is not None:
+            gain = factor(*(stored_half(part).view(torch.float16).float() for part in self.factors))
+        found = gptq.encode(
             w,
             moments,
-            *self._range(affine.grouped(w, columns)),
+            *self.clipped_range(w),
             s.levels,
-            columns,
+            self.grouping,
             s.symmetric,
             damping=self.damping,
             act_order=self.act_order,
             gain=gain,
             scale_dtype=getattr(torch, s.scale_dtype),
         )
-        return packed_tensors(codes, scale, zero, s.levels, factors)
+        return self.packed(*found)
+
+
+class ClusteredGptqLinear(ClusteredAffineLinear, GptqLinear):
+    """Grids of clusters from the one, the choice of codes from the other."""

@@ -16,6 +16,7 @@ from ptql.parts import check_learning_rate
 from ptql.parts.inputs import InputRange
 from ptql.parts.weights.affine import USUAL, Affine
 from ptql.parts.weights.base import LinearQuantizer, WeightQuantizer
+from ptql.parts.weights.column_clusters import ColumnClusters
 from ptql.recipe import IntScheme, LayerSchemes
 
 Statistic = Literal["max", "mean"]
@@ -67,7 +68,12 @@ class SalientBinary(WeightQuantizer):
             )
 
     def for_linear(
-        self, name: str, weight: Tensor, scheme: IntScheme, inputs: InputRange | None = None
+        self,
+        name: str,
+        weight: Tensor,
+        scheme: IntScheme,
+        inputs: InputRange | None = None,
+        clusters: ColumnClusters | None = None,
     ) -> LinearQuantizer:
         if scheme.salient is None:
             return Affine(clip=self.learn).for_linear(name, weight, scheme)
