@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ptql
@@ -149,6 +149,18 @@ def test_a_budget_of_bits_is_met(tmp_path: Path) -> None:
     assert 3 < found["bits"]["reached"] <= 3.9
     assert len(set(found["bits"]["layers"].values())) > 1
     assert loaded_logits(tmp_path / "r", some_ids()).isfinite().all()
+
+
+def test_a_matrix_without_inputs_is_rounded_to_nearest_and_that_is_said(tmp_path: Path) -> None:
+    source, text = save_source(tmp_path / "source"), save_text(tmp_path / "words.txt")
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"].zero_()
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    settings = {**SMALL, "trainer.max_epochs": 0}
+    found = ptql.quantize(source, data=text, out=tmp_path / "r", method="gptq", scheme="w4a16", settings=settings)
+    said = "mlp.down_proj: rounded to nearest: the moments of its inputs hold zeros alone, or no finite numbers"
+    assert found["fit"]["warnings"] == [f"block 1: {said}"]
+    assert f"Block 1: {said}" in (tmp_path / "r/report.html").read_text()
 
 
 # Stopped, spread

@@ -191,6 +191,10 @@ class BlockTask(LightningModule):
             errors[name] = ((weight - rounded).square().sum() / weight.square().sum()).item()
         return errors
 
+    def remarks(self) -> dict[str, str]:
+        """What a user should know of how matrices were encoded last, by linear layer."""
+        return {name: quantizer.remark for name, quantizer in self._by_linear() if quantizer.remark is not None}
+
     def quantizer(self, linear: str) -> LinearQuantizer | None:
         """What rounds a linear layer's matrix."""
         return dict(self._by_linear()).get(linear)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ def _candidate(task: BlockTask, streams: Streams, layout: BlockLayout, out: Tens
     """Encode what the task holds and measure what was encoded: mean of the objective over training batches, and mean
     squared error against the fp stream over samples, the same figure for every method. `out` gets the outputs."""
     stored = task.encode(InputMoments(task.student, layout, streams) if task.wants_moments else None)
+    remarks = task.remarks()
     losses, squares = [], []
     with observe_inputs(task.student, layout, streams.quantised.shape[1], streams.ranks) as observed:
         for batch in streams.compared(task.student, task.decode(stored), out, task.probe):
@@ -75,4 +77,5 @@ def _candidate(task: BlockTask, streams: Streams, layout: BlockLayout, out: Tens
     learned = {name: value.clone() for name, value in task.learnables().items()}
     means = [torch.stack(losses).double().mean(), torch.cat(squares).double().mean()]
     loss, mse = streams.ranks.mean(torch.stack(means)).tolist()
-    return BlockRecord(stored, learned, ranges, {"loss": loss, "mse": mse})
+    summary: dict[str, Any] = {"loss": loss, "mse": mse}
+    return BlockRecord(stored, learned, ranges, summary | ({"remarks": remarks} if remarks else {}))

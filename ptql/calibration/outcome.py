@@ -66,4 +66,5 @@ def _warnings(plan: Plan, blocks: list[dict[str, Any]]) -> list[str]:
             found.append(f"block {index}: learning ended worse than it began; the start was kept")
         if skipped := block.get("skipped_steps"):
             found.append(f"block {index}: {skipped} steps had gradients that are not finite and were skipped")
+        found += [f"block {index}: {name}: {remark}" for name, remark in block.get("remarks", {}).items()]
     return found

@@ -8,7 +8,7 @@ weights as they were, so that what is stored is what `affine.encode` stores, in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -39,26 +39,32 @@ def add_products(total: Float[Tensor, "in in"], x: Float[Tensor, "n in"]) -> Non
         total.addmm_(x.t(), x)
 
 
-def inverse_factor(moments: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
+def inverse_factor(
+    moments: Float[Tensor, "in in"], damping: float, raised: Callable[[float | None], None] | None = None
+) -> Float[Tensor, "in in"]:
     """Upper triangular U with U^T U the inverse of `moments`, of which the diagonal's mean is 1, plus `damping` on it.
 
     Where that is not positive definite in the given dtype, the damping is raised tenfold, up to five times. What has
     no factor then holds no finite numbers, or nothing but zeros: the identity is given, which feeds nothing back, so
-    that all columns are rounded to nearest.
+    that all columns are rounded to nearest. In both cases `raised` is called, with the damping that was enough or None.
 
     It is found from the other end: with its rows and columns reversed, the matrix is L L^T, and U is the inverse of L,
     reversed. So the inverse itself, which has the square of the condition, is never made.
     """
     identity = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
     level = moments.diagonal().mean()
-    for attempt in range(TRIES):
+    for attempt in range(TRIES if level.isfinite() else 0):
         damped = moments.flip(0, 1).div_(level)
         damped.diagonal().add_(damping * 10**attempt)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
             if factor.isfinite().all():
+                if attempt and raised is not None:
+                    raised(damping * 10**attempt)
                 return factor
+    if raised is not None:
+        raised(None)
     return identity
 
 
@@ -74,6 +80,7 @@ def encode(
     act_order: bool = False,
     gain: Float[Tensor, "out in"] | None = None,
     scale_dtype: torch.dtype = torch.float16,
+    raised: Callable[[float | None], None] | None = None,
 ) -> tuple[UInt8[Tensor, "out in"], Float[Tensor, "out g"], UInt8[Tensor, "out g"] | None]:
     """Codes, float16 scales and zero points as of `affine.encode`; codes keep products with inputs near those of `w`.
 
@@ -91,6 +98,7 @@ def encode(
         act_order: Begin with the columns that have the largest inputs, while most others are there to make up for them.
         gain: What multiplies the decoded weights afterwards, element by element.
         scale_dtype: As of `affine.stored_grid`.
+        raised: As of `inverse_factor`.
     """
     scale, zero = affine.stored_grid(low, high, levels, symmetric, scale_dtype)
     order = torch.arange(w.shape[1], device=w.device)
@@ -101,7 +109,7 @@ def encode(
     rounded = torch.empty(w.shape[::-1], dtype=torch.uint8, device=w.device)
     rounded[order] = _fed_back(
         w.t()[order].contiguous(),
-        inverse_factor(moments, damping).to(w.dtype),
+        inverse_factor(moments, damping, raised).to(w.dtype),
         groups.tolist(),
         scale.squeeze(-1).t().contiguous(),
         zero.squeeze(-1).t().contiguous(),

@@ -43,7 +43,9 @@ def _of_blocks(blocks: list[Block]) -> list[str]:
     if skipped := [b for b in blocks if b.number("skipped_steps") > 0]:
         steps = plural(int(sum(b.number("skipped_steps") for b in skipped)), "step")
         found.append(f"{steps} with gradients that were not finite left out in {_named(skipped)}.")
-    return found
+    return found + grouped(
+        [f"block {b.index}: {name}: {remark}" for b in blocks for name, remark in section(b.summary, "remarks").items()]
+    )
 
 
 def box(run: RunFiles) -> Markup:

@@ -189,7 +189,7 @@ def test_a_factor_of_zero_leaves_a_code_and_the_others_make_up_for_it() -> None:
 
 def test_the_factor_is_that_of_the_damped_inverse() -> None:
     moments = some_moments(48)
-    factor = gptq.inverse_factor(moments, 0.01)
+    factor = gptq.inverse_factor(moments, 0.01, raised=lambda enough: pytest.fail(f"{enough} is no raised damping"))
     assert torch.equal(factor, factor.triu())
     damped = moments / moments.diagonal().mean() + 0.01 * torch.eye(48, dtype=torch.float64)
     torch.testing.assert_close(factor.t() @ factor, torch.linalg.inv(damped), rtol=1e-9, atol=1e-12)
@@ -224,7 +224,9 @@ def test_damping_is_raised_until_there_is_a_factor(below: float, damping: float)
     rest = values[1:].sum()
     values[0] = -below * rest / (48 + below)  # -below times the mean of all
     moments = directions * values @ directions.t()
-    factor = gptq.inverse_factor(moments, 0.01)
+    said: list[float | None] = []
+    factor = gptq.inverse_factor(moments, 0.01, said.append)
+    assert said == pytest.approx([damping])
     damped = moments / moments.diagonal().mean() + damping * torch.eye(48, dtype=torch.float64)
     torch.testing.assert_close(factor.t() @ factor, torch.linalg.inv(damped), rtol=1e-6, atol=1e-9)
 
@@ -234,7 +236,9 @@ def test_damping_is_raised_until_there_is_a_factor(below: float, damping: float)
 def test_without_any_factor_all_is_rounded_to_nearest(value: float, act_order: bool) -> None:
     w, moments = some_weights(48).float(), torch.full((48, 48), value)
     given = (*ranges(w, 16), 8, 16, False)
-    found = gptq.encode(w, moments, *given, act_order=act_order)
+    said: list[float | None] = []
+    found = gptq.encode(w, moments, *given, act_order=act_order, raised=said.append)
+    assert said == [None]
     for mine, theirs in zip(found, affine.encode(w, *given), strict=True):
         assert torch.equal(mine, theirs)
 

@@ -102,6 +102,21 @@ def test_its_settings_reach_the_codes() -> None:
         assert torch.equal(made.decode(made.encode_on(w, moments)), affine.dequantize(*expected, 8, 16))
 
 
+def test_what_became_of_the_damping_is_remarked() -> None:
+    w, moments = some_weights(), some_moments()
+    made = Gptq(clip=False).for_linear("any", w, IntScheme(3, 16))
+    made.encode_on(w, torch.zeros_like(moments))
+    assert made.remark == "rounded to nearest: the moments of its inputs hold zeros alone, or no finite numbers"
+    less = moments - 2 * torch.linalg.eigvalsh(moments)[0] * torch.eye(len(moments))
+    less -= 0.1 * moments.diagonal().mean() * torch.eye(len(moments))
+    made.encode_on(w, less)
+    assert made.remark is not None
+    assert made.remark.startswith("GPTQ with a damping of ")
+    assert made.remark.endswith(" instead of 0.01: its inputs hardly differ")
+    made.encode_on(w, moments)
+    assert made.remark is None
+
+
 def test_the_defaults_are_those_of_affine_and_the_usual_damping() -> None:
     part = Gptq()
     assert part.wants_moments

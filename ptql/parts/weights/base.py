@@ -18,6 +18,8 @@ class LinearQuantizer(nn.Module, ABC):
     """The quantiser of one matrix: its learnables, their learning rate, and the rounding."""
 
     lr: float
+    remark: str | None = None
+    """What a user should know of how the matrix was encoded last."""
 
     def rate(self, name: str) -> float:
         """Learning rate of the parameter `name`."""

@@ -81,7 +81,7 @@ class GptqLinear(AffineLinear):
         self.act_order = act_order
 
     def encode_on(self, w: Tensor, moments: Tensor) -> dict[str, Tensor]:
-        s, gain = self.scheme, None
+        s, gain, self.remark = self.scheme, None, None
         if self.factors is not None:
             gain = factor(*(stored_half(part).view(torch.float16).float() for part in self.factors))
         found = gptq.encode(
@@ -95,8 +95,16 @@ class GptqLinear(AffineLinear):
             act_order=self.act_order,
             gain=gain,
             scale_dtype=getattr(torch, s.scale_dtype),
+            raised=self._note,
         )
         return self.packed(*found)
+
+    def _note(self, enough: float | None) -> None:
+        """Remember that the moments are not positive definite with the damping that was asked for."""
+        if enough is None:
+            self.remark = "rounded to nearest: the moments of its inputs hold zeros alone, or no finite numbers"
+        else:
+            self.remark = f"GPTQ with a damping of {enough:g} instead of {self.damping:g}: its inputs hardly differ"
 
 
 class ClusteredGptqLinear(ClusteredAffineLinear, GptqLinear):
