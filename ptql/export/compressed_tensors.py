@@ -40,6 +40,19 @@ class CompressedTensors(DirectoryTarget):
     name = "compressed-tensors"
     loaders = (Loader("by_transformers.py", "compressed_tensors", "pip install 'ptql[export]'"),)
 
+    @classmethod
+    def usual_dtype(cls, model: Checkpoint) -> torch.dtype:
+        """bfloat16 where the scales were made for it, else float16, which has all their digits."""
+        if model.packed is None:
+            return torch.float16
+        made_for_it = all(scheme.scale_dtype == "bfloat16" for _, scheme, _ in schemes(model) if scheme.quantised)
+        if not made_for_it and model.layout.offset_norms:
+            raise InputError(
+                f"dtype=auto: {model.family.name} computes with numbers beyond float16, and the scales are not made "
+                "for bfloat16; fit with --model.weight.scale_dtype bfloat16, or say --dtype float16"
+            )
+        return torch.bfloat16 if made_for_it else torch.float16
+
     def check(self, model: Checkpoint) -> None:
         fmt = packed_format(model)
         refuse_additions(model, self.name)

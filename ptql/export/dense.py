@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from ptql.checkpoint import Checkpoint
@@ -20,6 +21,10 @@ class Dense(DirectoryTarget):
     name = "dense"
     exact = False  # but in float32
     loaders = (Loader("by_transformers.py", "transformers", "pip install transformers"),)
+
+    @classmethod
+    def usual_dtype(cls, model: Checkpoint) -> torch.dtype:
+        return torch.bfloat16
 
     def check(self, model: Checkpoint) -> None:
         packed_format(model)

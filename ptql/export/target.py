@@ -44,6 +44,11 @@ class Target(ABC):
     def __init__(self, dtype: torch.dtype = torch.float16) -> None:
         self.dtype = dtype
 
+    @classmethod
+    def usual_dtype(cls, model: Checkpoint) -> torch.dtype:
+        """What `auto` is for this model; `InputError` if the format has none that holds it."""
+        return torch.float16
+
     @abstractmethod
     def check(self, model: Checkpoint) -> None:
         """Raise `InputError` unless the format holds all of this packed model, exactly: value, rule, remedy.
