@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ptql.checkpoint import Checkpoint
 from ptql.errors import InputError
-from ptql.export.directory import DirectoryTarget
+from ptql.export.directory import LayerTarget
 from ptql.export.layers import IntLayer
 from ptql.export.refusals import (
     packed_format,
@@ -30,7 +30,7 @@ VERSION = "0.18.0"
 PACKED, BYTES = "pack-quantized", "int-quantized"
 
 
-class CompressedTensors(DirectoryTarget):
+class CompressedTensors(LayerTarget):
     """Packed codes of 2 to 8 bits; a byte for each weight where weights and activations have 8, as int8 kernels want.
 
     Zero points make the package's own loader fail (in 0.18.0 to 0.20.0) unless it multiplies the weights out, so the
@@ -132,9 +132,9 @@ class CompressedTensors(DirectoryTarget):
             "output_activations": None,
         }
 
-    def parts(self, model: Checkpoint, index: int):
+    def block(self, model: Checkpoint, index: int):
         self._activation = packed_format(model).activation
-        return super().parts(model, index)
+        return super().block(model, index)
 
     def layer(self, layer: IntLayer) -> dict[str, Tensor]:
         scheme = layer.scheme

@@ -28,8 +28,8 @@ class DirectoryTarget(Target):
         self.add_files(model, folder)
 
     @abstractmethod
-    def layer(self, layer: IntLayer) -> dict[str, Tensor]:
-        """The tensors that stand for a quantised matrix, by their last name."""
+    def block(self, model: Checkpoint, index: int) -> Iterator[tuple[str, Tensor]]:
+        """What stands for block `index`, by name in it, as it is written."""
 
     def quantization(self, model: Checkpoint) -> dict[str, Any] | None:
         """`quantization_config`; None for none."""
@@ -49,20 +49,29 @@ class DirectoryTarget(Target):
     def _tensors(self, model: Checkpoint) -> Iterator[tuple[str, Tensor]]:
         for index in range(model.num_blocks):
             path = f"{model.family.blocks}.{index}"
-            for name, part in self.parts(model, index):
-                if isinstance(part, IntLayer):
-                    for last, tensor in self.layer(part).items():
-                        yield f"{path}.{name}.{last}", tensor
-                else:
-                    yield f"{path}.{name}", self._served(part)
+            for name, tensor in self.block(model, index):
+                yield f"{path}.{name}", tensor
         for name, tensor in model.read(model.outside_names()):
-            yield name, self._served(tensor)
+            yield name, self.served(tensor)
 
-    def parts(self, model: Checkpoint, index: int) -> Iterator[tuple[str, IntLayer | Tensor]]:
-        """What block `index` holds, by name in it."""
-        return block_parts(model, index)
-
-    def _served(self, tensor: Tensor) -> Tensor:
+    def served(self, tensor: Tensor) -> Tensor:
+        """A tensor that is not quantised, as it is written."""
         if not tensor.is_floating_point():
             return tensor
         return tensor.to(self.dtype if tensor.dim() > 1 else torch.float32)
+
+
+class LayerTarget(DirectoryTarget):
+    """Writes tensors of its own in the place of each quantised matrix, and all else as it is."""
+
+    @abstractmethod
+    def layer(self, layer: IntLayer) -> dict[str, Tensor]:
+        """The tensors that stand for a quantised matrix, by their last name."""
+
+    def block(self, model: Checkpoint, index: int) -> Iterator[tuple[str, Tensor]]:
+        for name, part in block_parts(model, index):
+            if isinstance(part, IntLayer):
+                for last, tensor in self.layer(part).items():
+                    yield f"{name}.{last}", tensor
+            else:
+                yield name, self.served(part)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ptql import __version__
 from ptql.checkpoint import Checkpoint
 from ptql.errors import InputError
-from ptql.export.directory import DirectoryTarget
+from ptql.export.directory import LayerTarget
 from ptql.export.layers import IntLayer
 from ptql.export.refusals import (
     packed_format,
@@ -31,7 +31,7 @@ BITS = (2, 3, 4, 8)
 WHOLE = 32  # rows and columns come in words of so many codes, whatever the bits
 
 
-class Gptq(DirectoryTarget):
+class Gptq(LayerTarget):
     """Version 1, without zero points: the middle code is stored less one. Scales are float16."""
 
     name = "gptq"
