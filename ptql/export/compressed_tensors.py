@@ -132,14 +132,10 @@ class CompressedTensors(LayerTarget):
             "output_activations": None,
         }
 
-    def block(self, model: Checkpoint, index: int):
-        self._activation = packed_format(model).activation
-        return super().block(model, index)
-
-    def layer(self, layer: IntLayer) -> dict[str, Tensor]:
+    def layer(self, layer: IntLayer, activation: ActivationScheme) -> dict[str, Tensor]:
         scheme = layer.scheme
         scale = {"weight_scale": layer.scale.to(self.dtype)}
-        if _in_bytes(scheme, self._activation):
+        if _in_bytes(scheme, activation):
             return {"weight": (layer.codes.to(torch.int16) - 128).to(torch.int8), **scale}
         stored = {
             "weight_packed": words(layer.codes, scheme.bits),

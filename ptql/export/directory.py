@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ptql.checkpoint import Checkpoint
 from ptql.export.layers import IntLayer, block_parts
+from ptql.export.refusals import packed_format
 from ptql.export.target import Target
 from ptql.formats.write import SHARD_BYTES, write_files
+from ptql.recipe import ActivationScheme
 
 
 class DirectoryTarget(Target):
@@ -65,13 +67,14 @@ class LayerTarget(DirectoryTarget):
     """Writes tensors of its own in the place of each quantised matrix, and all else as it is."""
 
     @abstractmethod
-    def layer(self, layer: IntLayer) -> dict[str, Tensor]:
-        """The tensors that stand for a quantised matrix, by their last name."""
+    def layer(self, layer: IntLayer, activation: ActivationScheme) -> dict[str, Tensor]:
+        """The tensors that stand for a quantised matrix, by their last name; `activation` is what it multiplies."""
 
     def block(self, model: Checkpoint, index: int) -> Iterator[tuple[str, Tensor]]:
+        activation = packed_format(model).activation
         for name, part in block_parts(model, index):
             if isinstance(part, IntLayer):
-                for last, tensor in self.layer(part).items():
+                for last, tensor in self.layer(part, activation).items():
                     yield f"{name}.{last}", tensor
             else:
                 yield name, self.served(part)

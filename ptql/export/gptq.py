@@ -25,7 +25,7 @@ from ptql.export.refusals import (
 )
 from ptql.export.target import Loader
 from ptql.export.words import words
-from ptql.recipe import IntScheme
+from ptql.recipe import ActivationScheme, IntScheme
 
 BITS = (2, 3, 4, 8)
 WHOLE = 32  # rows and columns come in words of so many codes, whatever the bits
@@ -67,7 +67,7 @@ class Gptq(LayerTarget):
                     f"({name} has some); use --format gptq_v2, or fit with --model.weight.symmetric true"
                 )
 
-    def layer(self, layer: IntLayer) -> dict[str, Tensor]:
+    def layer(self, layer: IntLayer, activation: ActivationScheme) -> dict[str, Tensor]:
         bits, columns = layer.scheme.bits, layer.codes.shape[1]
         zeros = layer.zero.T.contiguous()
         return {

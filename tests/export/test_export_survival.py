@@ -18,6 +18,7 @@ from ptql.export.compressed_tensors import CompressedTensors
 from ptql.export.dense import Dense
 from ptql.export.layers import IntLayer
 from ptql.export.reload import SCRIPTS
+from ptql.recipe import ActivationScheme
 from tests.export.exported import CPU, RTN, fit, left, loaded, logits, plain_model, save_exact_source, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,8 +70,8 @@ def test_other_logits_leave_nothing(
 ) -> None:
     right = CompressedTensors.layer
 
-    def wrong(self: CompressedTensors, layer: IntLayer) -> dict[str, Tensor]:
-        stored = right(self, layer)
+    def wrong(self: CompressedTensors, layer: IntLayer, activation: ActivationScheme) -> dict[str, Tensor]:
+        stored = right(self, layer, activation)
         return {**stored, "weight_scale": -stored["weight_scale"]}
 
     monkeypatch.setattr(CompressedTensors, "layer", wrong)
