@@ -61,4 +61,7 @@ class Target(ABC):
 
     @abstractmethod
     def write(self, model: Checkpoint, folder: Path) -> None:
-        """Write the model's files into the empty directory `folder`; holds one block, or one shard, in memory."""
+        """Write the model's files into the empty directory `folder`, after `check`.
+
+        One block, or one shard, is in memory at a time.
+        """
