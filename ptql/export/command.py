@@ -128,12 +128,10 @@ def export(
             found = reload(writer, scratch, model, ids, sample.text, device, loader, python)
         size = sum(file.stat().st_size for file in scratch.iterdir() if file.name.endswith(FILE_ENDS))
         given = "--run RUN" if run is not None else "--model.source DIR"
-        command = (
-            f"ptql export {given} --format {target} --dtype {_name(writer.dtype)} --out {shlex.quote(folder.name)}"
-        )
+        command = f"ptql export {given} --format {target} --dtype {writer.dtype_name} --out {shlex.quote(folder.name)}"
         facts = {
             "format": target,
-            "dtype": _name(writer.dtype),
+            "dtype": writer.dtype_name,
             "size_bytes": size,
             "parameters": model.parameters,
             "read_back": None if found is None else found.to_dict(),
@@ -150,10 +148,6 @@ def _dtype(given: str, model: Checkpoint, target: type[Target]) -> torch.dtype:
     if given not in DTYPES:
         raise InputError(f"dtype={given}: one of auto, {', '.join(DTYPES)} is needed")
     return DTYPES[given]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _words(found: Reloaded | None) -> str:

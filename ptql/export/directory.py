@@ -44,7 +44,7 @@ class DirectoryTarget(Target):
         config = json.loads((model.directory / "config.json").read_text(encoding="utf-8"))
         config.pop("quantization_config", None)
         config.pop("torch_dtype", None)  # its older name
-        config["dtype"] = str(self.dtype).removeprefix("torch.")
+        config["dtype"] = self.dtype_name
         quantization = self.quantization(model)
         return config if quantization is None else {**config, "quantization_config": quantization}
 

@@ -44,6 +44,11 @@ class Target(ABC):
     def __init__(self, dtype: torch.dtype = torch.float16) -> None:
         self.dtype = dtype
 
+    @property
+    def dtype_name(self) -> str:
+        """As options and `config.json` have it."""
+        return str(self.dtype).removeprefix("torch.")
+
     @classmethod
     def usual_dtype(cls, model: Checkpoint) -> torch.dtype:
         """What `auto` is for this model; `InputError` if the format has none that holds it."""
