@@ -61,17 +61,13 @@ def cell(run: Path, target: str, python: str | None, out: Path, windows: int, le
     ended = subprocess.run(
         [*PTQL, "export", str(run), *options, *where, "--out", str(out)], capture_output=True, text=True
     )
-    command = shown(["ptql", "export", "RUN", *options, *(["--python", "PYTHON"] if python else []), "--out", "OUT"])
+    shown = ["ptql", "export", "RUN", *options, *(["--python", "PYTHON"] if python else []), "--out", "OUT"]
+    command = " ".join(shown)
     if ended.returncode:
         why = ended.stderr.strip().splitlines()[-1].removeprefix("ptql: error: ")
         return {"command": command, "result": "refused" if ended.returncode == 2 else "failed", "why": why}
     facts = json.loads((out / "ptql_export.json").read_text(encoding="utf-8"))
     return {"command": command, "result": "loaded", **facts}
-
-
-def shown(words: list[str]) -> str:
-    """A command in one line."""
-    return " ".join(words)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -136,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
             run, made = fit(args.model.absolute(), scheme, options, args.work.absolute())
             out = args.work.absolute() / re.sub(r"\W+", "-", f"{scheme} {target}")
             found = cell(run, target, pythons.get(target), out, args.windows, args.length)
-            row = {"model": args.name, "scheme": scheme, "format": target, "fit": shown(["ptql", *made]), **found}
+            row = {"model": args.name, "scheme": scheme, "format": target, "fit": " ".join(["ptql", *made]), **found}
             with open(args.results, "a", encoding="utf-8") as sink:
                 sink.write(json.dumps({**row, **machine}) + "\n")
             print(scheme, target, row["result"], row.get("why") or row["read_back"], flush=True)

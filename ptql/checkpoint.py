@@ -283,15 +283,20 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     return files
 
 
+def is_hub_id(source: str | Path) -> bool:
+    """Whether `source` is the name of a model on the hub (`owner/name`), not a directory here."""
+    named = str(source)
+    return named.count("/") == 1 and not named.startswith((".", "/", "~")) and not Path(source).exists()
+
+
 def resolve(source: str | Path) -> Path:
     """The directory of `source`: itself, or a hub id (`owner/name`), downloaded once into the hub's cache.
 
     Raises:
         InputError: Neither a directory nor a hub id that can be had.
     """
-    path = Path(source)
-    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        return path
+    if not is_hub_id(source):
+        return Path(source)
     from huggingface_hub import snapshot_download
 
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]

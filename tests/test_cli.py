@@ -451,7 +451,9 @@ def test_fit_and_eval(fit: Fit, text: Path, source: Path, capfd: pytest.CaptureF
 
 def test_tasks_are_given_with_commas_or_as_a_list(monkeypatch: pytest.MonkeyPatch, finished: Path) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("ptql.calibration.trainer.evaluate_run", lambda *given: asked.append(given[-2].tasks) or {})
+    monkeypatch.setattr(
+        "ptql.calibration.finished_run_trainer.evaluate_run", lambda *given: asked.append(given[-2].tasks) or {}
+    )
     for tasks in ("piqa", "piqa,arc_easy", "[piqa, arc_easy]"):
         assert main(["eval", "--run", "RUN", "--tasks", tasks]) == 0
     assert main(["eval", "--run", "RUN"]) == 0

@@ -16,13 +16,13 @@ from ptql.disk import told_if_full
 from ptql.errors import InputError, RunError
 
 if TYPE_CHECKING:
-    from ptql.calibration.trainer import BlockTrainer
+    from ptql.calibration.run_trainer import RunTrainer
 
 PATIENCE_SECONDS = 3.0
 
 
 @contextmanager
-def told_in_one_line(trainer: BlockTrainer, data: CalibrationData) -> Iterator[None]:
+def told_in_one_line(trainer: RunTrainer, data: CalibrationData) -> Iterator[None]:
     """Around a whole `fit`; a bug of ours still shows its traceback.
 
     Raises:
@@ -48,7 +48,7 @@ def told_in_one_line(trainer: BlockTrainer, data: CalibrationData) -> Iterator[N
         ) from error
 
 
-def process_that_ended(trainer: BlockTrainer) -> str | None:
+def process_that_ended(trainer: RunTrainer) -> str | None:
     """Of the processes that this one started, one that failed: why messages between them fail."""
     launcher = trainer.strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher):

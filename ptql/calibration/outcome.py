@@ -1,4 +1,4 @@
-"""What a finished fit says of itself in metrics.json."""
+"""What a finished fit says of itself: metrics.json, the report, a line."""
 
 from __future__ import annotations
 
@@ -9,13 +9,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ptql import __version__
+from ptql.calibration.bit_choice import bits_found
 from ptql.calibration.preparation import Plan
 from ptql.calibration.quant_lm import QuantLM
 from ptql.callbacks.checkpoint import BlockCheckpoint
-from ptql.restoration.restored import restoration_of
+from ptql.evaluation.recorded_run import METRICS, MODEL
+from ptql.evaluation.report import REPORT, write_report
+from ptql.evaluation.results import merge_metrics
+from ptql.evaluation.size import model_size
+from ptql.restoration.restored import restoration_of, restored_by
 
 if TYPE_CHECKING:
     from ptql.calibration.trainer import BlockTrainer
+
+
+def write_results(trainer: BlockTrainer, model: QuantLM, plan: Plan, seconds: float) -> None:
+    """Into the run's directory, beside its finished model; arguments as of `fit_metrics`."""
+    run = trainer.run_dir
+    size = model_size(run / MODEL, plan.source)
+    fit = fit_metrics(trainer, model, plan, seconds)
+    bits = {} if plan.bits is None else {"bits": bits_found(trainer, plan)}
+    merge_metrics(run / METRICS, {**size, **bits, **restored_by(plan.source.directory), "fit": fit})
+    write_report(run)
+    print(
+        f"{run / MODEL}: {size['bits_per_weight']:.3f} bits per quantised weight, "
+        f"{size['bits_per_weight_with_embeddings']:.3f} with embeddings, {size['size_bytes'] / 1e6:.1f} MB; "
+        f"checksum {fit['checksum']}; {run / REPORT} shows it"
+    )
 
 
 def fit_metrics(trainer: BlockTrainer, model: QuantLM, plan: Plan, seconds: float) -> dict[str, Any]:

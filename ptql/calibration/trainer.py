@@ -2,68 +2,43 @@
 
 from __future__ import annotations
 
-import copy
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from ptql.calibration.activations import Streams
 from ptql.calibration.bit_budget import BitBudget
-from ptql.calibration.bit_choice import bits_found, with_chosen_bits
+from ptql.calibration.bit_choice import with_chosen_bits
 from ptql.calibration.block_reader import BlockReader
 from ptql.calibration.block_task import BlockTask
-from ptql.calibration.breakdowns import told_in_one_line
 from ptql.calibration.data import CalibrationData
 from ptql.calibration.finish import finish_block
+from ptql.calibration.finished_run_trainer import FinishedRunTrainer
 from ptql.calibration.ledger import BlockRecord, Ledger, shared_ledger
 from ptql.calibration.memory import give_back_memory, peak_host_bytes
-from ptql.calibration.outcome import fit_metrics
-from ptql.calibration.partial import LocalCheckpointIO, Partial
+from ptql.calibration.outcome import write_results
+from ptql.calibration.partial import Partial
 from ptql.calibration.preparation import (
     Plan,
-    check_eval_options,
-    check_nodes,
     check_strategy,
     prepare,
     probabilities_in_hand,
     streams_at_a_time,
 )
 from ptql.calibration.quant_lm import QuantLM
-from ptql.calibration.ranks import Ranks, host_group
-from ptql.calibration.run_logger import RunLogger
 from ptql.calibration.static_ranges import find_grids
-from ptql.calibration.stopping import Stopped, StopSignals, tell_children, tell_children_no_more
-from ptql.calibration.trainer_options import check_options
-from ptql.calibration.usual_callbacks import with_usual_callbacks
-from ptql.callbacks import BlockCallback, BlockCheckpoint, LoRARestoration
+from ptql.callbacks import LoRARestoration
 from ptql.errors import InputError, RunError
-from ptql.evaluation.evaluate import Measurement, evaluate_run
-from ptql.evaluation.recorded_run import METRICS, MODEL
-from ptql.evaluation.report import REPORT, write_report
-from ptql.evaluation.results import merge_metrics
-from ptql.evaluation.size import model_size
-from ptql.export.command import Sample, export
+from ptql.evaluation.recorded_run import MODEL
 from ptql.formats.write import write_model
 from ptql.restoration.command import check_restore_options, recorded_stage
 from ptql.restoration.restore import FIRST, Stage
-from ptql.restoration.restored import restored_by
 from ptql.restoration.stages import check_passes, first_stage
 
-PROCESSES = ("accelerator", "devices", "num_nodes", "strategy")
 
-
-class BlockTrainer(Trainer):
+class BlockTrainer(FinishedRunTrainer):
     """A Trainer whose `fit` calibrates a model one transformer block at a time.
 
     Its directory, `default_root_dir`, is the run: ledger, model, metrics, report, TensorBoard. With `LoRARestoration`
@@ -73,70 +48,8 @@ class BlockTrainer(Trainer):
     block: int = 0
     """The block in hand, from 0."""
     num_blocks: int = 0
-    ranks: Ranks
-    signals: StopSignals
     ledger: Ledger
     partial: Partial
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        check_options(kwargs)
-        self._processes = {name: copy.deepcopy(kwargs[name]) for name in PROCESSES if name in kwargs}
-        self.arithmetic = str(kwargs.get("precision") or "32-true")
-        """What `precision` says."""
-        if isinstance(kwargs.get("strategy"), ModelParallelStrategy):
-            kwargs["precision"] = None  # of mixed ones it takes none; restoring, for which it is, has its own
-        self.dry_run_only = bool(kwargs.pop("fast_dev_run", False))  # Lightning's own would end each block's fit
-        kwargs["use_distributed_sampler"] = False  # windows are spread already
-        kwargs["callbacks"] = with_usual_callbacks(
-            kwargs.get("callbacks"),
-            progress=kwargs.get("enable_progress_bar") is not False,
-            checkpoints=kwargs.pop("enable_checkpointing", None) is not False,
-        )
-        if SLURMEnvironment.detect():  # its own checkpoint would be loaded into every block; ours is in the ledger
-            kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]
-        try:
-            super().__init__(*args, **kwargs)
-        except Exception as error:  # of many types: MisconfigurationException, ModuleNotFoundError, KeyError ...
-            given = ", ".join(f"{name}={kwargs.get(name, 'auto')}" for name in ("accelerator", "devices", "strategy"))
-            reason = " ".join(str(error).split())
-            raise InputError(f"trainer ({given}): {reason}; correct --trainer.*, `ptql fit --help` lists it") from error
-        check_nodes(self)
-        self.strategy.checkpoint_io = LocalCheckpointIO()
-        self.ranks, self.signals = Ranks(), StopSignals()
-        self._first_step, self._ended_together = 0, False
-        if any(isinstance(callback, BlockCheckpoint) for callback in self.callbacks):  # type: ignore[attr-defined]
-            # It asks all processes after each batch whether one had SIGTERM. Lightning would ask, too, and wait for the
-            # GPU to answer.
-            self.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        self._own_log = kwargs.get("logger") in (None, True)
-        self._enter(Path(self.default_root_dir))
-
-    @property
-    def run_dir(self) -> Path:
-        """The directory of the pass in hand: the run's, or, of the first of two passes, a folder in it."""
-        return self._run_dir
-
-    def _enter(self, run_dir: Path) -> None:
-        """From now on this is the run's directory, and steps count from 0."""
-        self._run_dir = run_dir
-        self._close_log()
-        if self._own_log:
-            self.logger = RunLogger(run_dir, name="tensorboard", version="")
-        self.first_step = -self.global_step
-
-    def _close_log(self) -> None:
-        for logger in self.loggers:
-            if isinstance(logger, RunLogger):
-                logger.close()
-
-    def processes(self) -> dict[str, Any]:
-        """Options of a Trainer that works in the processes of this one, on the same devices."""
-        options: dict[str, Any] = copy.deepcopy(self._processes)
-        if SLURMEnvironment.detect():
-            options["plugins"] = [SLURMEnvironment(auto_requeue=False)]
-        return options
-
-    # fit
 
     def fit(
         self,
@@ -196,41 +109,6 @@ class BlockTrainer(Trainer):
             raise InputError(f"callbacks: {len(found)} of LoRARestoration; a run is restored once, so leave one")
         return found[0] if found else None
 
-    @contextmanager
-    def _together(self, datamodule: CalibrationData | None) -> Iterator[None]:
-        """Errors are told in one line, signals are heard, and no process outlives the first."""
-        assert datamodule is not None
-        launcher = self.strategy.launcher
-        try:
-            with told_in_one_line(self, datamodule), StopSignals(self.is_global_zero) as self.signals:
-                yield
-        except BaseException as error:
-            self._notify("on_exception", None, error)  # Lightning tells of those inside a block's fit only
-            raise
-        finally:
-            self._close_log()
-            if isinstance(launcher, _SubprocessScriptLauncher) and not self._ended_together:
-                launcher.kill(signal.SIGKILL)  # they would wait for this process for half an hour
-                launcher.procs.clear()  # or Lightning's watch over them ends this process, too
-
-    def _launch(self, work: Callable[..., None], *subjects: Any) -> None:
-        """Do it in every process."""
-        launcher = self.strategy.launcher
-        if launcher is None:
-            self._in_process(work, *subjects)
-        else:
-            tell_children()
-            launcher.launch(self._in_process, work, *subjects, trainer=self)
-
-    def _in_process(self, work: Callable[..., None], *subjects: Any) -> None:
-        tell_children_no_more()
-        self.strategy.setup_environment()
-        host = host_group(self.num_nodes)
-        self.ranks = Ranks(self.global_rank, self.world_size, self.strategy.root_device, host)
-        work(*subjects)
-        self.strategy.barrier("end")
-        self._ended_together = True
-
     def _restore(self, stage: Stage, first: Path) -> None:
         model = stage.run(first)
         if self.is_global_zero:
@@ -268,7 +146,7 @@ class BlockTrainer(Trainer):
             model.engine.forget()
         if self.is_global_zero:
             write_model(plan.source, plan.stored_as, self.ledger, self.run_dir / MODEL)
-            self._write_results(model, plan, time.monotonic() - began)
+            write_results(self, model, plan, time.monotonic() - began)
         self._notify("on_model_end", model)
         self.strategy.barrier("model")
 
@@ -392,148 +270,3 @@ class BlockTrainer(Trainer):
             self.block, lambda path: self._say(f"{path}: not what was written (checksum); the block begins anew")
         )
         return found if self.ranks.all(found is not None) else None
-
-    def stop(self) -> NoReturn:
-        """End this process after a signal; all processes come here at the same step."""
-        self._ended_together = True
-        raise Stopped(self.signals.received or signal.SIGTERM, first=self.is_global_zero)
-
-    # One axis of steps over all blocks, also of earlier processes, which Lightning's own counter does not know
-
-    @property
-    def first_step(self) -> int:
-        """Steps that Lightning's counter of this process leaves out."""
-        return self._first_step
-
-    @first_step.setter
-    def first_step(self, steps: int) -> None:
-        self._first_step = steps
-        for logger in self.loggers:
-            if isinstance(logger, RunLogger):
-                logger.first_step = steps
-
-    @property
-    def steps(self) -> int:
-        """Steps of the run so far."""
-        return self.first_step + self.global_step
-
-    # The end
-
-    def _write_results(self, model: QuantLM, plan: Plan, seconds: float) -> None:
-        size = model_size(self.run_dir / MODEL, plan.source)
-        fit = fit_metrics(self, model, plan, seconds)
-        bits = {} if plan.bits is None else {"bits": bits_found(self, plan)}
-        merge_metrics(self.run_dir / METRICS, {**size, **bits, **restored_by(plan.source.directory), "fit": fit})
-        write_report(self.run_dir)
-        print(
-            f"{self.run_dir / MODEL}: {size['bits_per_weight']:.3f} bits per quantised weight, "
-            f"{size['bits_per_weight_with_embeddings']:.3f} with embeddings, {size['size_bytes'] / 1e6:.1f} MB; "
-            f"checksum {fit['checksum']}; {self.run_dir / REPORT} shows it"
-        )
-
-    def _say(self, line: str) -> None:
-        if self.is_global_zero:
-            print(f"ptql: {line}", file=sys.stderr, flush=True)
-
-    def _notify(self, hook: str, *subjects: Any) -> None:
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, BlockCallback):
-                getattr(callback, hook)(self, *subjects)
-
-    # eval
-
-    def eval(
-        self,
-        model: QuantLM,
-        datamodule: CalibrationData | None = None,
-        run: str | None = None,
-        text: dict[str, str] | None = None,
-        tasks: list[str] | str | None = None,
-        include_path: str | None = None,
-        limit: int | None = None,
-        length: int | None = None,
-        windows: int | None = None,
-        batch_size: int = 4,
-        json: str | None = None,
-        compare_source: bool = False,
-    ) -> dict[str, Any]:
-        """Measure a model: perplexity on texts, lm-eval tasks.
-
-        Args:
-            run: A finished run, whose model is measured; its metrics.json gets the results. Or --model.source.
-            text: Texts for perplexity, by name: --text.NAME FILE.
-            tasks: lm-eval tasks: a list, or names with commas between them.
-            include_path: Folder of further lm-eval task files.
-            limit: Items of each task; all by default.
-            length: Tokens of a window; 2048, or the model's context where that is shorter.
-            windows: Windows of each text; all by default.
-            batch_size: Windows, or items, at a time.
-            json: File for the results, merged into what it holds.
-            compare_source: Measure the run's full-precision source as well, for comparison.
-        """
-        if self.world_size > 1:
-            raise InputError(
-                f"devices={self.world_size}: eval is one process, and spreads a model that needs it over all GPUs by "
-                "itself; leave --trainer.devices at 1"
-            )
-        check_strategy(self.strategy)
-        check_eval_options(model, datamodule)
-        self.strategy.setup_environment()
-        self._precision_of_products(model)
-        return evaluate_run(
-            run,
-            model.source,
-            json,
-            compare_source,
-            Measurement(
-                device=self.strategy.root_device,
-                texts=text or {},
-                tasks=tasks.split(",") if isinstance(tasks, str) else tasks or [],
-                include_path=None if include_path is None else Path(include_path),
-                limit=limit,
-                length=length,
-                max_windows=windows,
-                batch_size=batch_size,
-            ),
-            self,
-        )
-
-    def export(
-        self,
-        model: QuantLM,
-        datamodule: CalibrationData | None = None,
-        run: str | None = None,
-        format: str = "compressed-tensors",
-        out: str | None = None,
-        dtype: str = "auto",
-        check: bool = True,
-        python: str | None = None,
-        text: str = "pydoc",
-        windows: int = 4,
-        length: int = 512,
-        widen: bool = False,
-    ) -> None:
-        """Write a finished model in the format of another runtime, which must load it and give our logits.
-
-        Args:
-            run: A finished run, whose model is written. Or --model.source, a directory that ptql packed.
-            format: compressed-tensors, gptq, gptq_v2, auto-round, gguf or dense.
-            out: The directory that is made.
-            dtype: float16, bfloat16 or float32; by default bfloat16 where scales were made for it, else float16.
-            check: Read it back with that runtime, in a process of its own, and compare.
-            python: The Python of the environment in which that runtime is; this one by default.
-            text: What it is compared on.
-            windows: How many windows of it.
-            length: Tokens of a window.
-            widen: Of gguf: formats that it has no type for are stored with wider codes, as exact, but larger.
-        """
-        if self.world_size > 1:
-            raise InputError(f"devices={self.world_size}: export is one process; leave --trainer.devices at 1")
-        check_eval_options(model, datamodule, "export")
-        self.strategy.setup_environment()
-        sample = Sample(text, windows, length) if check else None
-        export(run, model.source, format, out, dtype, sample, self.strategy.root_device, python, widen)
-
-    def _precision_of_products(self, model: QuantLM) -> None:
-        if self.strategy.root_device.type == "cuda":
-            torch.set_float32_matmul_precision(model.matmul)

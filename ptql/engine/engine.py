@@ -83,8 +83,7 @@ class Engine:
         if (reason := _plain_because(optimizer, trainer)) is not None:
             self._tell(trainer, f"engine: plain, as {reason}")
             return None
-        settings = self.settings(trainer)
-        attach_signed_products(task, settings.half or torch.float32)
+        settings = self._begun(task, trainer)
         if self.name == "eager" or not self._captures:
             return Step(task, optimizer, settings)
         key = signature(task, optimizer, settings)
@@ -102,9 +101,13 @@ class Engine:
         """A step that is like those of the run, uncompiled and by this process alone; None for Lightning's own way."""
         if not self.kernels(task.device) or _plain_because(optimizer, trainer) is not None:
             return None
-        settings = replace(self.settings(trainer), processes=1, compiled=False)
+        return Step(task, optimizer, replace(self._begun(task, trainer), processes=1, compiled=False))
+
+    def _begun(self, task: BlockTask, trainer: Any) -> StepSettings:
+        """What `trainer` says of the steps of a block that begins, whose layers of signs are ready for them now."""
+        settings = self.settings(trainer)
         attach_signed_products(task, settings.half or torch.float32)
-        return Step(task, optimizer, settings)
+        return settings
 
     def failed(self, task: BlockTask, optimizer: Optimizer, trainer: Any, reason: str) -> Step:
         """After compiling or capturing failed, before anything was learned of the step in hand: go on without."""

@@ -27,7 +27,7 @@ from ptql.evaluation.tasks_under_test import TasksUnderTest
 from ptql.evaluation.text_under_test import TextUnderTest
 
 if TYPE_CHECKING:
-    from ptql.calibration.trainer import BlockTrainer
+    from ptql.calibration.run_trainer import RunTrainer
 
 USUAL_LENGTH = 2048
 
@@ -71,7 +71,7 @@ def evaluate_run(
     results: str | Path | None,
     compare_source: bool,
     measurement: Measurement,
-    trainer: BlockTrainer,
+    trainer: RunTrainer,
 ) -> dict[str, Any]:
     """Measure a finished run's model, or a model directory; print, keep and return what was found.
 
@@ -117,7 +117,7 @@ class Evaluation:
         self,
         model: Checkpoint,
         measurement: Measurement,
-        trainer: BlockTrainer | None = None,
+        trainer: RunTrainer | None = None,
         run: Path | None = None,
     ) -> None:
         self.model, self.measurement, self._trainer, self._run = model, measurement, trainer, run

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
 from ptql import __version__
-from ptql.checkpoint import Checkpoint
+from ptql.checkpoint import Checkpoint, is_hub_id
 from ptql.evaluation.recorded_run import CONFIG
 from ptql.export.reload import Reloaded
 from ptql.report.recipe_words import recipe_of
@@ -39,11 +40,11 @@ def card(model: Checkpoint, run: Path | None, target: str, size: int, command: s
     """
     files = None if run is None else read_run(run)
     assert model.packed is not None
-    name = recipe_of(files).model if files is not None else model.directory.name
+    name = base_model(recipe_of(files).source if files is not None else str(model.directory))
     head = {"tags": ["ptql", target, "quantized"], "pipeline_tag": TASK, "base_model": name}
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {name}, {model.packed.method}, {target}",
+        f"# {PurePath(name).name}, {model.packed.method}, {target}",
         *_made(files, model),
         f"- Size: {size / 1e6:,.1f} MB, {8 * size / model.parameters:.3f} bits a parameter, embeddings included.",
         f"- Made by ptql {__version__}: `{command}`",
@@ -53,6 +54,14 @@ def card(model: Checkpoint, run: Path | None, target: str, size: int, command: s
         *_recipe(run),
     ]
     return "\n".join(parts) + "\n"
+
+
+def base_model(source: str) -> str:
+    """What the hub calls a model, `owner/name`, also of a directory in the hub's cache; of others their own name."""
+    for folder, inner in pairwise(PurePath(source).parts):
+        if folder.startswith("models--") and inner == "snapshots":
+            return folder.removeprefix("models--").replace("--", "/")
+    return source if is_hub_id(source) else PurePath(source).name or "A model"
 
 
 def _made(files: RunFiles | None, model: Checkpoint) -> list[str]:

@@ -24,7 +24,6 @@ from ptql.export.compressed_tensors import CompressedTensors
 from ptql.export.dense import Dense
 from ptql.export.gguf import Gguf
 from ptql.export.gptq import AutoRound, Gptq, GptqV2
-from ptql.export.refusals import schemes
 from ptql.export.reload import Reloaded, installed, reload
 from ptql.export.target import Target
 
@@ -84,7 +83,7 @@ def export(
         source: Or a directory that ptql packed.
         target: Name of the format.
         out: The directory that is made.
-        dtype: `float16`, `bfloat16` or `float32`; `auto`, see `_dtype`.
+        dtype: `float16`, `bfloat16` or `float32`; `auto`, see `Target.usual_dtype`.
         sample: What it is checked on; None for no check.
         device: Where our own logits are computed.
         python: Of the environment in which the runtime is; this one by default.
@@ -113,7 +112,7 @@ def export(
     model = Checkpoint(Path(run) / MODEL if run is not None else resolve(source or ""))
     if widen and target != Gguf.name:
         raise InputError(f"widen=true: only {Gguf.name} has wider codes to hold narrow ones in; leave it out")
-    served = _dtype(dtype, model, target)
+    served = _dtype(dtype, model, TARGETS[target])
     writer = Gguf(served, widen) if target == Gguf.name else TARGETS[target](served)
     writer.check(model)
     loader, ids, python = None, None, python or sys.executable
@@ -129,12 +128,10 @@ def export(
             found = reload(writer, scratch, model, ids, sample.text, device, loader, python)
         size = sum(file.stat().st_size for file in scratch.iterdir() if file.name.endswith(FILE_ENDS))
         given = "--run RUN" if run is not None else "--model.source DIR"
-        command = (
-            f"ptql export {given} --format {target} --dtype {_name(writer.dtype)} --out {shlex.quote(folder.name)}"
-        )
+        command = f"ptql export {given} --format {target} --dtype {writer.dtype_name} --out {shlex.quote(folder.name)}"
         facts = {
             "format": target,
-            "dtype": _name(writer.dtype),
+            "dtype": writer.dtype_name,
             "size_bytes": size,
             "parameters": model.parameters,
             "read_back": None if found is None else found.to_dict(),
@@ -145,27 +142,12 @@ def export(
     return folder
 
 
-def _dtype(given: str, model: Checkpoint, target: str) -> torch.dtype:
-    """`auto`: bfloat16 where the scales were made for it, else float16, which has all their digits."""
-    if given != "auto":
-        if given not in DTYPES:
-            raise InputError(f"dtype={given}: one of auto, {', '.join(DTYPES)} is needed")
-        return DTYPES[given]
-    if target == Dense.name:
-        return torch.bfloat16
-    if target in (Gptq.name, GptqV2.name, AutoRound.name, Gguf.name) or model.packed is None:
-        return torch.float16
-    made_for_it = all(scheme.scale_dtype == "bfloat16" for _, scheme, _ in schemes(model) if scheme.quantised)
-    if not made_for_it and model.layout.offset_norms:
-        raise InputError(
-            f"dtype=auto: {model.family.name} computes with numbers beyond float16, and the scales are not made for "
-            "bfloat16; fit with --model.weight.scale_dtype bfloat16, or say --dtype float16"
-        )
-    return torch.bfloat16 if made_for_it else torch.float16
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _dtype(given: str, model: Checkpoint, target: type[Target]) -> torch.dtype:
+    if given == "auto":
+        return target.usual_dtype(model)
+    if given not in DTYPES:
+        raise InputError(f"dtype={given}: one of auto, {', '.join(DTYPES)} is needed")
+    return DTYPES[given]
 
 
 def _words(found: Reloaded | None) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ptql.checkpoint import Checkpoint
 from ptql.errors import InputError
-from ptql.export.directory import DirectoryTarget
+from ptql.export.directory import LayerTarget
 from ptql.export.layers import IntLayer
 from ptql.export.refusals import (
     packed_format,
@@ -30,7 +30,7 @@ VERSION = "0.18.0"
 PACKED, BYTES = "pack-quantized", "int-quantized"
 
 
-class CompressedTensors(DirectoryTarget):
+class CompressedTensors(LayerTarget):
     """Packed codes of 2 to 8 bits; a byte for each weight where weights and activations have 8, as int8 kernels want.
 
     Zero points make the package's own loader fail (in 0.18.0 to 0.20.0) unless it multiplies the weights out, so the
@@ -39,6 +39,19 @@ class CompressedTensors(DirectoryTarget):
 
     name = "compressed-tensors"
     loaders = (Loader("by_transformers.py", "compressed_tensors", "pip install 'ptql[export]'"),)
+
+    @classmethod
+    def usual_dtype(cls, model: Checkpoint) -> torch.dtype:
+        """bfloat16 where the scales were made for it, else float16, which has all their digits."""
+        if model.packed is None:
+            return torch.float16
+        made_for_it = all(scheme.scale_dtype == "bfloat16" for _, scheme, _ in schemes(model) if scheme.quantised)
+        if not made_for_it and model.layout.offset_norms:
+            raise InputError(
+                f"dtype=auto: {model.family.name} computes with numbers beyond float16, and the scales are not made "
+                "for bfloat16; fit with --model.weight.scale_dtype bfloat16, or say --dtype float16"
+            )
+        return torch.bfloat16 if made_for_it else torch.float16
 
     def check(self, model: Checkpoint) -> None:
         fmt = packed_format(model)
@@ -119,14 +132,10 @@ class CompressedTensors(DirectoryTarget):
             "output_activations": None,
         }
 
-    def parts(self, model: Checkpoint, index: int):
-        self._activation = packed_format(model).activation
-        return super().parts(model, index)
-
-    def layer(self, layer: IntLayer) -> dict[str, Tensor]:
+    def layer(self, layer: IntLayer, activation: ActivationScheme) -> dict[str, Tensor]:
         scheme = layer.scheme
         scale = {"weight_scale": layer.scale.to(self.dtype)}
-        if _in_bytes(scheme, self._activation):
+        if _in_bytes(scheme, activation):
             return {"weight": (layer.codes.to(torch.int16) - 128).to(torch.int8), **scale}
         stored = {
             "weight_packed": words(layer.codes, scheme.bits),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from ptql.checkpoint import Checkpoint
 from ptql.export.directory import DirectoryTarget
-from ptql.export.layers import IntLayer
 from ptql.export.refusals import packed_format, refuse_activations, refuse_additions
 from ptql.export.target import Loader
 from ptql.restoration.dense import block_tensors
@@ -21,13 +21,15 @@ class Dense(DirectoryTarget):
     exact = False  # but in float32
     loaders = (Loader("by_transformers.py", "transformers", "pip install transformers"),)
 
+    @classmethod
+    def usual_dtype(cls, model: Checkpoint) -> torch.dtype:
+        return torch.bfloat16
+
     def check(self, model: Checkpoint) -> None:
         packed_format(model)
         refuse_additions(model, self.name)
         refuse_activations(model, self.name)
 
-    def parts(self, model: Checkpoint, index: int) -> Iterator[tuple[str, IntLayer | Tensor]]:
-        yield from block_tensors(model, index).items()
-
-    def layer(self, layer: IntLayer) -> dict[str, Tensor]:
-        return {"weight": layer.dense()}
+    def block(self, model: Checkpoint, index: int) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in block_tensors(model, index).items():
+            yield name, self.served(tensor)

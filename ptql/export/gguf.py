@@ -23,7 +23,7 @@ from ptql.export.gguf_architectures import (
     rope_parameters,
 )
 from ptql.export.gguf_fields import add_general, add_hyperparameters
-from ptql.export.gguf_tokenizer import vocabulary
+from ptql.export.gguf_tokenizer import Vocabulary, vocabulary
 from ptql.export.layers import IntLayer, block_parts
 from ptql.export.refusals import packed_format, refuse_activations, refuse_clusters, refuse_factors, schemes
 from ptql.export.target import Loader, Target
@@ -50,6 +50,8 @@ class Gguf(Target):
     def __init__(self, dtype: torch.dtype = torch.float16, widen: bool = False) -> None:
         super().__init__(dtype)
         self.widen = widen
+        self._vocabulary: Vocabulary | None = None
+        """From `check`, as SentencePiece's scores take a while."""
 
     def check(self, model: Checkpoint) -> None:
         refuse_activations(model, self.name)
@@ -66,7 +68,7 @@ class Gguf(Target):
         for name, scheme, columns in schemes(model):
             if scheme.quantised and block_type(scheme, columns, self.widen) is None:
                 raise InputError(f"gguf has no type of blocks for {name}: {nearest(scheme, columns, self.widen)}")
-        vocabulary(load_tokenizer(model.directory), model.config.vocab_size)
+        self._vocabulary = vocabulary(load_tokenizer(model.directory), model.config.vocab_size)
         self._check_minima(model)
 
     def _check_minima(self, model: Checkpoint) -> None:
@@ -90,7 +92,8 @@ class Gguf(Target):
         plans = [self._block(model, index) for index in range(model.num_blocks)]
         add_general(writer, model, [kind.ggml for plan in plans for _, kind in plan.values() if kind is not None])
         add_hyperparameters(writer, model)
-        vocabulary(load_tokenizer(model.directory), model.config.vocab_size).add_to(writer)
+        assert self._vocabulary is not None, "checked first"
+        self._vocabulary.add_to(writer)
 
         # names, shapes and types of all tensors come first, then their bytes, in the same order
         outside, divisors = _outside(model), rope_divisors(model)

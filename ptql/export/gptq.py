@@ -13,7 +13,7 @@ from torch import Tensor
 from ptql import __version__
 from ptql.checkpoint import Checkpoint
 from ptql.errors import InputError
-from ptql.export.directory import DirectoryTarget
+from ptql.export.directory import LayerTarget
 from ptql.export.layers import IntLayer
 from ptql.export.refusals import (
     packed_format,
@@ -25,13 +25,13 @@ from ptql.export.refusals import (
 )
 from ptql.export.target import Loader
 from ptql.export.words import words
-from ptql.recipe import IntScheme
+from ptql.recipe import ActivationScheme, IntScheme
 
 BITS = (2, 3, 4, 8)
 WHOLE = 32  # rows and columns come in words of so many codes, whatever the bits
 
 
-class Gptq(DirectoryTarget):
+class Gptq(LayerTarget):
     """Version 1, without zero points: the middle code is stored less one. Scales are float16."""
 
     name = "gptq"
@@ -67,7 +67,7 @@ class Gptq(DirectoryTarget):
                     f"({name} has some); use --format gptq_v2, or fit with --model.weight.symmetric true"
                 )
 
-    def layer(self, layer: IntLayer) -> dict[str, Tensor]:
+    def layer(self, layer: IntLayer, activation: ActivationScheme) -> dict[str, Tensor]:
         bits, columns = layer.scheme.bits, layer.codes.shape[1]
         zeros = layer.zero.T.contiguous()
         return {

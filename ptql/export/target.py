@@ -44,6 +44,16 @@ class Target(ABC):
     def __init__(self, dtype: torch.dtype = torch.float16) -> None:
         self.dtype = dtype
 
+    @property
+    def dtype_name(self) -> str:
+        """As options and `config.json` have it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @classmethod
+    def usual_dtype(cls, model: Checkpoint) -> torch.dtype:
+        """What `auto` is for this model; `InputError` if the format has none that holds it."""
+        return torch.float16
+
     @abstractmethod
     def check(self, model: Checkpoint) -> None:
         """Raise `InputError` unless the format holds all of this packed model, exactly: value, rule, remedy.
@@ -56,4 +66,7 @@ class Target(ABC):
 
     @abstractmethod
     def write(self, model: Checkpoint, folder: Path) -> None:
-        """Write the model's files into the empty directory `folder`; holds one block, or one shard, in memory."""
+        """Write the model's files into the empty directory `folder`, after `check`.
+
+        One block, or one shard, is in memory at a time.
+        """

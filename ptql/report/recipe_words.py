@@ -15,12 +15,14 @@ class Recipe:
     """What a run is called.
 
     Args:
+        source: Directory or hub id of the full-precision model; "" if not known.
         model: Last part of the source's name.
         method: Of the recipe; "" if not known.
         scheme: `w4a4`, `w2a16g64`; "" if not known.
         words: The scheme in words; "" if not known.
     """
 
+    source: str
     model: str
     method: str
     scheme: str
@@ -36,7 +38,7 @@ def recipe_of(run: RunFiles) -> Recipe:
     activation = _either(run, "activation")
     bits, group, act = real(weight.get("bits")), real(weight.get("group_size")), real(activation.get("bits"))
     if bits != bits:
-        return Recipe(PurePath(source).name or "A model", str(method), "", "")
+        return Recipe(source, PurePath(source).name or "A model", str(method), "", "")
     budget = real(section(run.identity, "bits").get("bits"))
     mixed = budget == budget
     bits = budget if mixed else bits
@@ -57,7 +59,7 @@ def recipe_of(run: RunFiles) -> Recipe:
     words += f", {cache:g}-bit keys and values" if cache == cache else ""
     if apart := section(run.identity, "recipe").get("layers"):
         words += f"; other formats for {', '.join(str(pattern) for pattern, _ in apart)}"
-    return Recipe(PurePath(source).name or "A model", str(method), scheme, words)
+    return Recipe(source, PurePath(source).name or "A model", str(method), scheme, words)
 
 
 def _signs(bits: float, share: float, wide: float) -> str:

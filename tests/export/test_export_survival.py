@@ -18,6 +18,7 @@ from ptql.export.compressed_tensors import CompressedTensors
 from ptql.export.dense import Dense
 from ptql.export.layers import IntLayer
 from ptql.export.reload import SCRIPTS
+from ptql.recipe import ActivationScheme
 from tests.export.exported import CPU, RTN, fit, left, loaded, logits, plain_model, save_exact_source, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,11 +27,11 @@ SLOWLY = """
 import sys, time
 from ptql.cli import main
 from ptql.export import directory
-parts = directory.DirectoryTarget.parts
+block = directory.LayerTarget.block
 def slow(self, model, index):
     time.sleep(600 if index else 0)
-    return parts(self, model, index)
-directory.DirectoryTarget.parts, directory.SHARD_BYTES = slow, 10_000
+    return block(self, model, index)
+directory.LayerTarget.block, directory.SHARD_BYTES = slow, 10_000
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -69,8 +70,8 @@ def test_other_logits_leave_nothing(
 ) -> None:
     right = CompressedTensors.layer
 
-    def wrong(self: CompressedTensors, layer: IntLayer) -> dict[str, Tensor]:
-        stored = right(self, layer)
+    def wrong(self: CompressedTensors, layer: IntLayer, activation: ActivationScheme) -> dict[str, Tensor]:
+        stored = right(self, layer, activation)
         return {**stored, "weight_scale": -stored["weight_scale"]}
 
     monkeypatch.setattr(CompressedTensors, "layer", wrong)
@@ -84,12 +85,12 @@ def test_other_logits_leave_nothing(
 def test_an_export_that_does_not_load_leaves_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = Dense.parts
+    right = Dense.block
 
     def fewer(self: Dense, model, index: int):
-        return (part for part in right(self, model, index) if part[0] != "self_attn.q_proj.weight")
+        return (found for found in right(self, model, index) if found[0] != "self_attn.q_proj.weight")
 
-    monkeypatch.setattr(Dense, "parts", fewer)
+    monkeypatch.setattr(Dense, "block", fewer)
     assert main([*command(run, tmp_path / "out"), "--format", "dense"]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert "dense: transformers could not load the export (the tensors are not those of the model" in said

@@ -12,7 +12,7 @@ from torch import Tensor
 from ptql.checkpoint import Checkpoint
 from ptql.export.gptq import AutoRound, Gptq, GptqV2
 from ptql.export.layers import IntLayer
-from ptql.recipe import IntScheme
+from ptql.recipe import ActivationScheme, IntScheme
 from tests.export.exported import RTN, exported, fit, plain_model, save_exact_source, settings, tensors, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,7 +62,7 @@ def some_layer(bits: int, symmetric: bool = False, lowest: int = 1) -> IntLayer:
 @pytest.mark.parametrize(("target", "more"), [(Gptq, 1), (GptqV2, 0), (AutoRound, 1)])
 def test_words_hold_the_codes_and_zero_points(target: type[Gptq], more: int, symmetric: bool, bits: int) -> None:
     layer = some_layer(bits, symmetric, lowest=more)
-    stored = target().layer(layer)
+    stored = target().layer(layer, ActivationScheme())
     assert {name: (tuple(t.shape), t.dtype) for name, t in stored.items()} == {
         "qweight": ((IN * bits // 32, OUT), torch.int32),
         "qzeros": ((IN // GROUP, OUT * bits // 32), torch.int32),

@@ -11,6 +11,7 @@ import yaml
 
 import ptql
 from ptql.cli import main
+from ptql.export.card import base_model
 from tests.export.exported import CPU, RTN, export, exported, fit, save_exact_source, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,6 +89,36 @@ def test_perplexity_is_in_it_where_it_was_measured(run: Path) -> None:
         assert f"{table}| words | {before:.3f} | {after:.3f} |" in parts(out)[1]
     finally:
         (run / "metrics.json").write_text(json.dumps({k: v for k, v in found.items() if k not in ("ppl", "source")}))
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("/home/x/hub/models--Qwen--Qwen3-0.6B/snapshots/0123abc", "Qwen/Qwen3-0.6B"),  # of a restored run
+        ("/home/x/hub/models--gpt2/snapshots/0123abc", "gpt2"),
+        ("/home/x/models/Qwen3-0.6B", "Qwen3-0.6B"),
+        ("./models/Qwen3-0.6B", "Qwen3-0.6B"),
+        ("tests/export", "export"),  # a directory that is there
+        ("", "A model"),
+    ],
+)
+def test_the_base_model_is_what_the_hub_calls_it(source: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert base_model(source) == name
+
+
+def test_a_hub_id_keeps_its_owner(run: Path) -> None:
+    metrics = run / "metrics.json"
+    before = metrics.read_text()
+    facts = json.loads(before)
+    try:
+        metrics.write_text(json.dumps({**facts, "fit": {**facts["fit"], "source": "Qwen/Qwen3-0.6B"}}))
+        head, body = parts(exported(run, run.parent / "of-the-hub"))
+    finally:
+        metrics.write_text(before)
+    assert head["base_model"] == "Qwen/Qwen3-0.6B"
+    assert body.startswith("# Qwen3-0.6B, rtn, compressed-tensors\n")
 
 
 def test_a_packed_directory_has_no_run(run: Path) -> None:

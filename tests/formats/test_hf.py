@@ -34,6 +34,7 @@ from ptql.functional import affine
 from ptql.nn.packed_linear import PackedLinear, dense_from_packed, packed_tensors
 from ptql.nn.quant_linear import QuantLinear
 from ptql.recipe import ActivationScheme, IntScheme
+from tests.formats.loading import load
 
 LLAMA = LlamaConfig(
     vocab_size=64,
@@ -174,13 +175,6 @@ def write_packed(directory: Path, config: PretrainedConfig, fmt: PackedFormat, s
     index = {"metadata": {}, "weight_map": files}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
-
-
-def load(directory: Path, dtype: torch.dtype = torch.float32, **kwargs) -> PreTrainedModel:
-    """The packed model, every tensor of the directory used and none made up."""
-    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **kwargs)
-    assert not any(info.values()), info
-    return model
 
 
 def integers(model: nn.Module) -> dict[str, Tensor]:

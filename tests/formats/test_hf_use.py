@@ -29,6 +29,7 @@ from ptql.formats.ptql import PackedFormat, prepare_block
 from ptql.nn.packed_linear import CodedWeight, Packed, PackedLinear
 from ptql.nn.salient_linear import SalientLinear
 from ptql.recipe import ActivationScheme, IntScheme, StaticScheme, StaticSite
+from tests.formats.loading import load
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -146,13 +147,6 @@ def write(directory: Path, fmt: PackedFormat) -> Path:
     config = {**CONFIG.to_dict(), "quantization_config": fmt.to_dict()}
     (directory / "config.json").write_text(json.dumps(config))
     return directory
-
-
-def load(directory: Path, dtype: torch.dtype = torch.float32, **kwargs) -> PreTrainedModel:
-    """The packed model, every tensor of the directory used and none made up."""
-    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **kwargs)
-    assert not any(info.values()), info
-    return model
 
 
 @torch.no_grad()

@@ -120,9 +120,7 @@ def test_each_process_holds_its_part(config: Any, scheme: IntScheme, by_row: boo
 @pytest.mark.parametrize("scheme", SCHEMES, ids=NAMES)
 def test_tensors_are_those_of_the_export(scheme: IntScheme) -> None:
     stored = packed(48, 64, scheme)
-    target = CompressedTensors()
-    target.dtype, target._activation = torch.float16, ActivationScheme(16)
-    exported = target.layer(int_layer(stored, 64, scheme))
+    exported = CompressedTensors().layer(int_layer(stored, 64, scheme), ActivationScheme(16))
     assert torch.equal(served_codes(stored["codes"]), exported["weight_packed"])
     assert torch.equal(served_scale(stored["scale"]), exported["weight_scale"])
     assert ("zero" in stored) == ("weight_zero_point" in exported)
