@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from tests.words import save_source, save_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+CLI = str(Path(__file__).parents[1] / "cli.py")
 CLUSTERS = {"qkv": 6, "qkt": 3, "out": 3, "fc1": 6, "fc2": 8}
 PERMUTE: dict[str, Any] = {"class_path": "ptql.parts.transforms.Permute", "init_args": {"clusters": CLUSTERS}}
 SMOOTH: dict[str, Any] = {"class_path": "ptql.parts.transforms.Smooth", "init_args": {"shift": "all", "lr": 0.01}}
@@ -275,6 +278,36 @@ def test_a_block_done_again_has_the_same_bytes(runs: Runs, tmp_path: Path, kind:
     shutil.rmtree(tmp_path / "run/model")
     assert fit(tmp_path, folder / "source", *KINDS[kind]) == 0
     assert (tmp_path / "run/model" / SINGLE).read_bytes() == whole
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_two_processes_find_the_orders_and_grids_of_one(
+    stories_dir: Path, shared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte: each sees half of the windows, and running means go over all in their order."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    text, nearest = (
+        shared_dir / "data/text/tinystories-train.jsonl",
+        json.dumps({**NEAREST, "init_args": {"clip": False}}),
+    )
+    stored = []
+    for processes in ("1", "2"):
+        given = ["--model.source", str(stories_dir), "--data.text", str(text), "--trainer.accelerator", "cpu"]
+        given += [
+            "--data.samples",
+            "16",
+            "--data.length",
+            "64",
+            "--trainer.default_root_dir",
+            str(tmp_path / processes),
+        ]
+        given += ["--trainer.devices", processes, *(["--trainer.strategy", "ddp"] if processes == "2" else [])]
+        recipe = ["-c", "methods/rptq", "-c", "schemes/w4a4", "--model.weight_quantizer", nearest]
+        subprocess.run([sys.executable, CLI, "fit", *recipe, *given], check=True, capture_output=True)
+        stored.append(load_file(tmp_path / processes / "model" / SINGLE))
+    assert stored[0].keys() == stored[1].keys()
+    assert not [name for name, tensor in stored[0].items() if not torch.equal(tensor, stored[1][name])]
 
 
 def test_another_recipe_is_another_run(runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
