@@ -176,7 +176,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 short(row["ppl"]),
                 share,
                 "" if base is None else f"{_shared_start(words, base['written'].split())}",
-                f"{len(set(words)) / len(words):.2f}",
+                f"{len(set(words)) / max(len(words), 1):.2f}",
             ]
         )
     head = ["model", "cache", "window", "ppl through it", "of its bytes unpacked"]
@@ -214,7 +214,8 @@ def main(arguments: list[str] | None = None) -> int:
     machine = probed_apart()
     device = "cuda" if machine["gpus"] else "cpu"
     dtype = args.dtype or ("bfloat16" if machine["gpus"] else "float32")
-    done = {(row["model"], row["cache"], row["window"], row["machine"]) for row in read_rows(args.results)}
+    keys = ("model", "cache", "window", "length", "windows", "chunk", "dtype", "text", "machine")
+    done = {tuple(row[key] for key in keys) for row in read_rows(args.results)}
     for name, _, directory in (given.partition("=") for given in args.model):
         tokenizer = load_tokenizer(directory)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype]).eval()
@@ -225,10 +226,10 @@ def main(arguments: list[str] | None = None) -> int:
         tokens = tokenize(tokenizer, read_text(args.text, "evaluation"))
         windows = consecutive_windows(tokens, args.length, bos_token(tokenizer, family.bos))[: args.windows]
         for cache, window, make in caches(model, args.window or (0, 32, 128)):
-            if (name, cache, window, machine["machine"]) in done:
-                continue
             row = {"model": name, "cache": cache, "window": window, "length": args.length, "windows": len(windows)}
-            row |= {"chunk": args.chunk, "dtype": dtype, "text": Path(args.text).name}
+            row |= {"chunk": args.chunk, "dtype": dtype, "text": Path(args.text).name, "machine": machine["machine"]}
+            if tuple(row[key] for key in keys) in done:
+                continue
             row |= perplexity(model, make, windows, args.chunk) | story(model, Path(directory), make, args.generate)
             command = ["benchmarks/kv_cache.py", "--model", f"{name}=DIR", "--text", Path(args.text).name]
             command += ["--length", str(args.length), "--windows", str(args.windows), "--chunk", str(args.chunk)]

@@ -75,7 +75,7 @@ def bits_found(trainer: BlockTrainer, plan: Plan) -> dict[str, Any]:
         "budget": plan.bits.budget.bits,
         "choices": list(plan.bits.budget.choices),
         "reached": sum(size.bits for size in sizes.values()) / weights,
-        **{key: trainer.ledger.manifest["bits"][key] for key in ("divergence", "uniform", "share_of_errors")},
+        **{key: value for key, value in trainer.ledger.manifest["bits"].items() if key != "widths"},
         "share_of_weights": {width: round(by_width[width] / weights, 4) for width in widths},
         "layers": layers,
     }

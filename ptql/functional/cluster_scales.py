@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from ptql.functional import affine
-from ptql.functional.gptq import float32_products
+from ptql.functional.float32_products import float32_products
 
 
 class _Spread(torch.autograd.Function):

@@ -8,29 +8,18 @@ weights as they were, so that what is stored is what `affine.encode` stores, in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from ptql.functional import affine
+from ptql.functional.float32_products import float32_products
 
 BLOCK = 128  # columns whose errors reach those behind them in one matrix product; it decides on speed alone
 TRIES = 6  # of a damping, each ten times the one before: after them it is far above what float32 can get wrong
 SMALLEST_STEP = 1e-12  # of a grid that a learned factor shrinks to nothing
-
-
-@contextmanager
-def float32_products() -> Iterator[None]:
-    """While open, float32 products are float32 on every device: TF32 would lose the small eigenvalues."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def add_products(total: Float[Tensor, "in in"], x: Float[Tensor, "n in"]) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 from ptql.functional.affine import LARGEST_SCALE, SMALLEST_SCALE
 from ptql.functional.packing import pack, packed_bytes, unpack
 
-FARTHEST_ZERO = 2**15 - 1
-"""Of a zero point, which int16 holds: a vector of numbers that are all far from zero has a wider step than it needs."""
+FARTHEST_ZERO = 2**14
+"""Of a zero point: a vector of numbers that are all far from zero has a wider step than it needs. An int16 holds twice
+that, as the step is rounded to float16 afterwards."""
 
 
 def encode_tokens(
@@ -27,7 +28,7 @@ def encode_tokens(
     """
     wide = x.float()
     low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
-    least = torch.maximum(low.abs(), high.abs()) / (FARTHEST_ZERO - 2**bits)
+    least = torch.maximum(low.abs(), high.abs()) / FARTHEST_ZERO
     scale = ((high - low) / (2**bits - 1)).maximum(least).clamp(SMALLEST_SCALE, LARGEST_SCALE).half()
     step = scale.float()
     zero = (-low / step).round_()

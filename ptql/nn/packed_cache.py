@@ -31,12 +31,12 @@ class PackedLayer(DynamicLayer):
         window: How many of the latest tokens stay as they came.
     """
 
-    is_croppable = False  # what left the window has been rounded, and stays so
-
     def __init__(self, keys: CacheFormat | None, values: CacheFormat | None, window: int) -> None:
         super().__init__()
         self._formats, self._window = (keys, values), window
         self.stores = self._empty()
+        self.is_croppable = window == 0 and all(fmt is None or fmt.unit == 1 for fmt in self._formats)
+        """Whether `crop` leaves what there would have been without the tokens: what left a window stays rounded."""
 
     def _empty(self) -> tuple[PackedTokens, PackedTokens]:
         keys, values = self._formats
@@ -61,12 +61,13 @@ class PackedLayer(DynamicLayer):
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget that many of the latest tokens, given as a negative number, as transformers does."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): how many tokens to remove is said by a negative number")
+        """Forget that many of the latest tokens, given as a negative number; or all but so many, as transformers up to
+        5.12 says it."""
+        held = self.stores[0].tokens
+        removed = held - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
         for store in self.stores:
-            if tokens_to_remove and store.tokens:
-                store.drop_last(-tokens_to_remove)
+            if removed > 0 and held:
+                store.drop_last(removed)
 
     def _change(self, apply: Callable[[Tensor], Tensor]) -> None:
         for store in self.stores:
@@ -92,9 +93,10 @@ class PackedSlidingLayer(PackedLayer, DynamicSlidingWindowLayer):
     """The same of attention that sees `sliding_window` tokens: older ones are forgotten."""
 
     def __init__(self, keys: CacheFormat | None, values: CacheFormat | None, window: int, sliding_window: int) -> None:
-        DynamicSlidingWindowLayer.__init__(self, sliding_window)
+        DynamicSlidingWindowLayer.__init__(self, sliding_window=sliding_window)
         self._formats, self._window = (keys, values), window
         self.stores = self._empty()
+        self.is_croppable = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         DynamicSlidingWindowLayer.lazy_initialization(self, key_states, value_states)
@@ -116,7 +118,9 @@ class PackedSlidingLayer(PackedLayer, DynamicSlidingWindowLayer):
         self.cumulative_length = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove and self.cumulative_length >= self.sliding_window:
+        if not tokens_to_remove:
+            return
+        if self.cumulative_length >= self.sliding_window:
             raise RuntimeError(
                 f"crop({tokens_to_remove}): attention slides over {self.sliding_window} tokens, and what left them is "
                 "forgotten; generate without an assistant model"

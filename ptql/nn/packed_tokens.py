@@ -60,7 +60,7 @@ class PackedTokens:
     def drop_last(self, tokens: int) -> None:
         """Forget the latest. What was rounded stays rounded, also where it goes back into the window."""
         assert self._recent is not None
-        held = self._recent.shape[2]
+        held, tokens = self._recent.shape[2], min(tokens, self.tokens)
         self._recent, missing = self._recent[:, :, : max(held - tokens, 0)].clone(), tokens - held
         if missing > 0 and self._fmt is not None:
             left = self._packed_tokens - missing

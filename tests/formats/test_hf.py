@@ -344,13 +344,13 @@ def test_the_format_survives_json() -> None:
     assert hf.PtqlConfig(**stored).to_dict() == dict(hf.PtqlConfig(**stored)) == stored
 
 
-@pytest.mark.parametrize("version", [None, 0, 7, "1"])
+@pytest.mark.parametrize("version", [None, 0, 8, "1"])
 def test_another_format_version_is_refused(tmp_path: Path, version: object) -> None:
     directory = write_packed(tmp_path / "model", LLAMA, packed_format(LLAMA))
     settings = json.loads((directory / "config.json").read_text())
     settings["quantization_config"] |= {"format_version": version, "ptql_version": "9.9"}
     (directory / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=rf"format_version={version!r}: .* versions 1, 2, 3, 4, 5, 6; .*\(9\.9\)"):
+    with pytest.raises(InputError, match=rf"format_version={version!r}: .* versions 1, 2, 3, 4, 5, 6, 7; .*\(9\.9\)"):
         load(directory)
 
 

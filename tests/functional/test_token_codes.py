@@ -69,6 +69,18 @@ def test_vectors_of_any_kind_stay_near(x: Tensor, bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_vectors_that_hardly_differ_keep_their_sign(bits: int, sign: int) -> None:
+    """Whatever the step is rounded to: its digits, and those of float16's smallest numbers."""
+    for spread in (0.0, 1e-4, 2e-3):
+        x = sign * torch.logspace(-4, 4, 8001)[:, None] * torch.linspace(1, 1 + spread, 8)
+        found = decode_tokens(*encode_tokens(x, bits))
+        # half a step and half of the smallest one there can be, with digits lost
+        allowed = x.abs().amax(1, keepdim=True) * (0.52 * spread / (2**bits - 1) + 1 / 30000) + 1e-6
+        assert ((found - x).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("n", [1, 12, 64, 80])
 def test_vectors_are_packed_each_by_itself(bits: int, n: int) -> None:
     codes = torch.randint(0, 2**bits, (2, 3, 5, n), dtype=torch.uint8)

@@ -263,13 +263,43 @@ def test_cropping_forgets_the_latest_tokens() -> None:
             model(IDS[:, :-removed], past_key_values=expected, use_cache=True)
             logits = [model(IDS[:, -removed:], past_key_values=c, use_cache=True).logits for c in (cache, expected)]
         torch.testing.assert_close(*logits, atol=0.1, rtol=0.02)
-    with pytest.raises(ValueError, match=r"crop\(2\): .* negative number"):
-        cache.crop(2)
-    sliding = random_model(CONFIGS["mistral"])
-    cache = PackedCache(sliding, bits=4)
-    grown(sliding, cache)
+    cache.crop(2)  # all but two, as earlier versions of transformers say it
+    assert cache.get_seq_length() == 2
+    for window in (3, 99):  # more than there is
+        cache = PackedCache(model, bits=8, window=window)
+        grown(model, cache)
+        cache.crop(-99)
+        assert cache.get_seq_length() == 0
+        grown(model, cache)
+        assert cache.get_seq_length() == IDS.shape[1]
+
+
+def test_cropping_what_slides() -> None:
+    model = random_model(CONFIGS["mistral"])
+    cache, untouched = PackedCache(model, bits=4), PackedCache(model, bits=4)
+    for each in (cache, untouched):
+        grown(model, each)
     with pytest.raises(RuntimeError, match="slides over 8 tokens"):
         cache.crop(-1)
+    cache.crop(0)
+    assert cache.get_seq_length() == IDS.shape[1]
+    torch.testing.assert_close(grown(model, cache), grown(model, untouched))
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_an_assistant_model_changes_nothing(name: str) -> None:
+    """With no window: a token that was rejected leaves no trace then."""
+    model, ids = on_grids(name, 4), IDS[:1, :9]
+    how: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(ids, **how)  # pyright: ignore[reportCallIssue]
+    assistant = random_model(CONFIGS[name], seed=1)
+    for block, other in zip(blocks_of(assistant), blocks_of(model), strict=True):
+        block.load_state_dict(other.state_dict(), strict=False)  # which guesses right now and then
+    assistant.set_input_embeddings(model.get_input_embeddings())
+    found = model.generate(  # pyright: ignore[reportCallIssue]
+        ids, assistant_model=assistant, past_key_values=PackedCache(model, window=0), **how
+    )
+    assert found.tolist() == expected.tolist()
 
 
 def test_the_models_dtype_and_a_layer_elsewhere() -> None:

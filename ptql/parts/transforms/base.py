@@ -63,7 +63,8 @@ class TransformState(nn.Module, ABC):
 
     @property
     def labels(self) -> dict[str, Tensor]:
-        """The cluster of each channel as the block has them now, [rows, width], by site; for fixed grids."""
+        """The cluster of each channel as the block has them now, [rows, width], by site; for fixed grids and for scales
+        of weights."""
         return {}
 
     def after(self, facts: BlockFacts) -> BlockFacts:
@@ -106,7 +107,8 @@ class Transform(ABC):
         return frozenset()
 
     def site_clusters(self) -> dict[str, int]:
-        """Clusters of channels that it makes at most, by site; for fixed grids."""
+        """Clusters of channels that it makes at most, by site; for fixed grids and for scales of weights. A transform
+        that makes some is used where weights want them, whatever `applies` says."""
         return {}
 
     @abstractmethod

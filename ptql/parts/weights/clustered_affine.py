@@ -28,13 +28,13 @@ class ClusteredAffineLinear(AffineLinear):
         named: As `given`.
     """
 
+    cluster: Tensor
+
     def __init__(self, *given: Any, clusters: ColumnClusters, **named: Any) -> None:
         super().__init__(*given, groups=clusters.count, **named)
         self.count = clusters.count
         # they follow from the source and its inputs, and are stored with the codes
         self.register_buffer("cluster", clusters.numbers, persistent=False)
-
-    cluster: Tensor
 
     @property
     def grouping(self) -> int | Tensor:
