@@ -184,7 +184,7 @@ def test_the_stored_configuration_runs_again(runs: Runs, tmp_path: Path, capfd: 
     run = runs("lrquant", "w4a4")
     config = yaml.safe_load((run / "config.yaml").read_text())
     weight = {"bits": 4, "group_size": -1, "symmetric": False, "balanced": False, "salient_bits": 4}
-    weight["scale_dtype"] = "float16"
+    weight |= {"scale_dtype": "float16", "clustered": False}
     assert config["model"]["weight"] == weight
     assert config["data"]["samples"] == SAMPLES
     assert config["trainer"]["max_epochs"] == EPOCHS
