@@ -45,17 +45,22 @@ def read_rows(files: list[Path], plans: Collection[str] = PLANS, writer: str = "
 
 
 def tables(rows: list[Row], which: Tables | None = None) -> dict[str, str]:
-    """Every table that has rows, by name, machine by machine, each after a line that says which; with a newline."""
+    """Every table that has rows, by name, for each machine and text that was calibrated on, each after a line that says
+    which; with a newline."""
     made = {}
     for plan, (table, needs) in (which or TABLES).items():
         parts = []
-        for machine in dict.fromkeys(row["machine"] for row in rows if row["plan"] == plan):
-            same = [row for row in rows if row["machine"] == machine and row["plan"] in (plan, *needs)]
+        for place in dict.fromkeys(_place(row) for row in rows if row["plan"] == plan):
+            same = [row for row in rows if _place(row) == place and row["plan"] in (plan, *needs)]
             own = [row for row in same if row["plan"] == plan]
             parts.append(f"{machine_words(own)}\n\n{table(same)}")
         if parts:
             made[plan] = "\n".join(parts)
     return made
+
+
+def _place(row: Row) -> tuple[str, str]:
+    return row["machine"], row["calibration"]
 
 
 def machine_words(rows: list[Row]) -> str:

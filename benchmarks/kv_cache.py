@@ -175,7 +175,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 str(row["window"]) if row["cache"] != PLAIN else "",
                 short(row["ppl"]),
                 share,
-                "" if base is None else f"{_shared_start(words, base['written'].split())}",
+                "" if base in (None, row) else f"{_shared_start(words, base['written'].split())}",
                 f"{len(set(words)) / max(len(words), 1):.2f}",
             ]
         )

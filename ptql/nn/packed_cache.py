@@ -144,7 +144,7 @@ class PackedCache(Cache):
         bits: 2 to 8, or None for those of a model that ptql made.
         window: How many of the latest tokens stay as they came, in the model's dtype.
         keys: With `bits`: `token`, or `channel`, where each channel of each head has its own range over 64 tokens; up
-            to 63 more than `window` stay as they came then (KIVI). Better at 3 bits and fewer.
+            to 63 more than `window` stay as they came then (KIVI). It loses less, at 3 bits and fewer far less.
 
     Raises:
         InputError: No bits are said, or the model keeps its past in a form that this cache does not know.
