@@ -82,6 +82,10 @@ def test_the_page_has_what_the_results_say(tmp_path: Path) -> None:
     copy = tmp_path / "page.md"
     copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
     rptq_tables.main([*map(str, files), "--docs", str(copy)])
+    timed = tmp_path / "clustering.jsonl"
+    found = sorted((ROOT / "benchmarks/results").glob("clustering-*.jsonl"))
+    timed.write_text("".join(file.read_text(encoding="utf-8") for file in found), encoding="utf-8")
+    clustering.main(["--results", str(timed), "--docs", str(copy)])
     assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
 
 
