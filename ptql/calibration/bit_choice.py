@@ -118,10 +118,11 @@ class _Choosing:
             scores(errors, *in_context, *BOUNDS),
         ):
             choices += [self._allocated(found, narrow) for narrow in (False, True)]
-        tried = self._tried([(choice, part) for part in (share, 1.0) for choice in choices])
-        lost = torch.tensor(tried, dtype=torch.float64).nan_to_num(torch.inf).view(2, -1)
+        parts = sorted({share, 1.0})
+        tried = self._tried([(choice, part) for part in parts for choice in choices])
+        lost = torch.tensor(tried, dtype=torch.float64).nan_to_num(torch.inf).view(len(parts), -1)
         self._ranks.copy_from_first([lost])  # equal already, unless sums over processes were not
-        best, whole = int(lost[0].argmin()), lost[1]
+        best, whole = int(lost[0].argmin()), lost[-1]
         return {
             "widths": {unit.name: width for unit, width in zip(bits.units, choices[best], strict=True)},
             "divergence": whole[best].item(),

@@ -48,8 +48,9 @@ class TokenFormat(CacheFormat):
         return decode_tokens(unpack_tokens(codes, self.bits, width), scale, zero)
 
 
-class ChannelFormat(CacheFormat):
-    """Each channel of each head on its own range over 64 tokens: of keys a few channels are wide in all tokens.
+class ChannelFormat(TokenFormat):
+    """`TokenFormat` with channels in the place of tokens: each channel of each head on its own range over 64 tokens. Of
+    keys a few channels are wide in all tokens.
 
     Source: KIVI (arXiv 2402.02750) section 3.2, whose groups have 32.
 
@@ -59,16 +60,11 @@ class ChannelFormat(CacheFormat):
 
     unit = 64
 
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
-
     def encode(self, x: Tensor) -> Stored:
-        codes, scale, zero = encode_tokens(x.unflatten(2, (-1, self.unit)).transpose(3, 4), self.bits)
-        return pack_tokens(codes, self.bits), scale, zero
+        return super().encode(x.unflatten(2, (-1, self.unit)).transpose(3, 4))
 
     def decode(self, stored: Stored, width: int) -> Tensor:
-        codes, scale, zero = stored
-        return decode_tokens(unpack_tokens(codes, self.bits, self.unit), scale, zero).transpose(3, 4).flatten(2, 3)
+        return super().decode(stored, self.unit).transpose(3, 4).flatten(2, 3)
 
 
 class GridFormat(CacheFormat):

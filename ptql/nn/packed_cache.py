@@ -29,10 +29,11 @@ class PackedLayer(DynamicLayer):
         keys: How keys are stored.
         values: How values are stored.
         window: How many of the latest tokens stay as they came.
+        others: Of the layer of transformers that it takes the place of.
     """
 
-    def __init__(self, keys: CacheFormat | None, values: CacheFormat | None, window: int) -> None:
-        super().__init__()
+    def __init__(self, keys: CacheFormat | None, values: CacheFormat | None, window: int, **others: Any) -> None:
+        super().__init__(**others)
         self._formats, self._window = (keys, values), window
         self.stores = self._empty()
         self.is_croppable = window == 0 and all(fmt is None or fmt.unit == 1 for fmt in self._formats)
@@ -93,9 +94,7 @@ class PackedSlidingLayer(PackedLayer, DynamicSlidingWindowLayer):
     """The same of attention that sees `sliding_window` tokens: older ones are forgotten."""
 
     def __init__(self, keys: CacheFormat | None, values: CacheFormat | None, window: int, sliding_window: int) -> None:
-        DynamicSlidingWindowLayer.__init__(self, sliding_window=sliding_window)
-        self._formats, self._window = (keys, values), window
-        self.stores = self._empty()
+        super().__init__(keys, values, window, sliding_window=sliding_window)
         self.is_croppable = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
