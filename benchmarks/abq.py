@@ -21,7 +21,7 @@ import argparse
 import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,8 @@ def tasks_jobs(args: argparse.Namespace, tasks: tuple[str, ...] = TASKS) -> list
 
 
 def budget_jobs(args: argparse.Namespace) -> list[Job]:
-    """At half a bit, uniform is every other block at 2 bits and at 3. All begin where clipping is searched for."""
+    """At half a bit, uniform is every other block at 2 bits and at 3. All begin where clipping is searched for. Each with
+    `args.seeds` seeds, of the data and of everything else, of which the first is the usual one."""
     texts, jobs = tuple(args.texts), []
     halves = "{" + ", ".join(f"layers.{index}: 3" for index in range(1, args.blocks, 2)) + "}"
     for scheme, bits in BUDGETS.items():
@@ -143,8 +144,17 @@ def budget_jobs(args: argparse.Namespace) -> list[Job]:
         uniform = ("uniform: 2 and 3 by turns", ("--model.layers", halves)) if half else ("uniform", ())
         budget = f"{args.half_bits if half else args.whole_bits + bits:g}"
         for label, options in (uniform, (f"budget {budget}", ("--bits_budget", budget))):
-            jobs.append(job(args, "budget", label, "omniquant", scheme, (*SEARCH, *options), texts=texts))
+            usual = job(args, "budget", label, "omniquant", scheme, (*SEARCH, *options), texts=texts)
+            jobs += [seeded(usual, seed) for seed in range(rows.SEED, rows.SEED + args.seeds)]
     return jobs
+
+
+def seeded(usual: Job, seed: int) -> Job:
+    """The same row with another seed; the usual one's name has none."""
+    if seed == rows.SEED:
+        return usual
+    options = (*usual.run.extra, "--seed_everything", str(seed), "--data.seed", str(seed))
+    return replace(usual, run=replace(usual.run, extra=options, label=f"{usual.run.label}_s{seed}"), seed=seed)
 
 
 def start_jobs(args: argparse.Namespace) -> list[Job]:
@@ -175,6 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument("--include_path", type=Path, metavar="DIR", help="task files, for `tasks`")
         parser.add_argument("--limit", type=int, help="items of each task; all by default")
         parser.add_argument("--blocks", type=int, default=30, help="of the model, for `budget`")
+        parser.add_argument("--seeds", type=int, default=3, help="of each row of `budget`")
         parser.add_argument("--half_bits", type=float, default=2.535, help="true bits of 2 and 3 by turns")
         parser.add_argument("--whole_bits", type=float, default=0.0355, help="what scales and zero points take of each")
 

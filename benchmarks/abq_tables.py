@@ -153,6 +153,25 @@ def plain_table(rows: list[Row]) -> str:
     )
 
 
+def budget_table(rows: list[Row]) -> str:
+    """A row each size and choice: true bits, and perplexities, their mean and extremes over seeds."""
+    texts, groups = texts_of(rows), {}
+    for row in rows:
+        groups.setdefault((row["scheme"], row["label"]), []).append(row)
+    lines = []
+    for (scheme, label), own in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1].startswith("unif"))):
+        cells = [over_seeds([row["ppl"][text] for row in own]) for text in texts]
+        lines.append([scheme, label, str(len(own)), listed(str(row["epochs"]) for row in own), bits(own[-1]), *cells])
+    heads = ["scheme", "bits", "seeds", "epochs", "bits per weight", *(f"{text} ppl" for text in texts)]
+    return markdown(heads, lines, words=2)
+
+
+def over_seeds(values: list[float]) -> str:
+    """The mean, with the least and the most where there are several."""
+    mean = short(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({short(min(values))} to {short(max(values))})"
+
+
 def start_table(rows: list[Row]) -> str:
     """Beside each the same with the usual start, from the grid."""
     runs = {(row["scheme"], row["method"]) for row in rows if row["plan"] == "start"}
@@ -163,7 +182,7 @@ TABLES: Tables = {
     "grid": (grid_table, ()),
     "parts": (parts_table, ("grid",)),
     "tasks": (tasks_table, ()),
-    "budget": (plain_table, ()),
+    "budget": (budget_table, ()),
     "start": (start_table, ("grid",)),
 }
 

@@ -24,6 +24,7 @@ def arguments(*plans: str, **changes: Any) -> argparse.Namespace:
     texts = {"calibrations": {"wiki": "/t/wiki.txt"}, "texts": {"a": "/t/a.txt", "b": "/t/b.txt"}}
     sizes = {"epochs": 20, "short_epochs": 5, "samples": 128, "length": 2048, "batch_size": 4, "windows": None}
     budget = {"blocks": 4, "half_bits": 2.535, "whole_bits": 0.0355, "include_path": Path("/tasks"), "limit": None}
+    budget |= {"seeds": 1}
     others = {"model": Path("/m"), "work": Path("/w"), "precision": "bf16-mixed", "jobs": 4, "deadline": float("inf")}
     return argparse.Namespace(plans=list(plans), **{**texts, **sizes, **budget, **others, **changes})
 
@@ -72,6 +73,17 @@ def test_a_budget_stands_beside_uniform_bits_from_the_same_start() -> None:
     assert all(options(list(job.run.extra), "--model.weight_quantizer.initial") == ["search"] for job in jobs)
     assert options(list(jobs[0].run.extra), "--model.layers") == ["{layers.1: 3, layers.3: 3}"]
     assert options(list(jobs[1].run.extra), "--bits_budget") == ["2.535"]
+
+
+def test_each_seed_is_a_run_of_its_own_beside_the_usual_one() -> None:
+    one, three = (arguments("budget", seeds=seeds) for seeds in (1, 3))
+    usual, jobs = abq.planned(one), abq.planned(three)
+    assert {job.name(one) for job in usual} < {job.name(three) for job in jobs}
+    assert len({job.fit_name(three) for job in jobs}) == len(jobs) == 3 * len(usual)
+    for job in jobs:
+        given = [options(list(job.run.extra), name) for name in ("--seed_everything", "--data.seed")]
+        assert given == ([[], []] if job.seed == rows.SEED else [[str(job.seed)]] * 2)
+    assert {job.seed for job in jobs} == {2, 3, 4}
 
 
 def test_tasks_are_measured_in_full_and_the_source_once() -> None:
@@ -143,6 +155,16 @@ def test_tasks_show_both_metrics_and_their_means() -> None:
         ["fp", "60.0 / 70.0", "60.0", "60.00", "65.00"],
         ["rtn", "20.0 / 30.0", "20.0", "20.00", "25.00"],
         ["abq", "40.0 / 50.0", "40.0", "40.00", "45.00"],
+    ]
+
+
+def test_a_budgets_seeds_are_one_line() -> None:
+    found = [row("budget", "budget 3", "w3a16", ppl={"a": value}, name=str(value)) for value in (10.0, 12.0, 14.0)]
+    made = cells(abq_tables.tables([*found, row("budget", "uniform", "w3a16", ppl={"a": 5.0})])["budget"])
+    assert made[0] == ["scheme", "bits", "seeds", "epochs", "bits per weight", "a ppl"]
+    assert made[2:] == [
+        ["w3a16", "uniform", "1", "20", "4.035", "5.000"],
+        ["w3a16", "budget 3", "3", "20", "4.035", "12.00 (10.00 to 14.00)"],
     ]
 
 
