@@ -46,6 +46,8 @@ WITHOUT: dict[str, tuple[str, ...]] = {
 """What takes a part of the recipe away, or changes it; it has the faithful AKL. Braces: a part as the recipe has it."""
 BUDGETS = {"w2a16": 2, "w3a16": 3, "w4a16": 4}
 SEARCH = ("--model.weight_quantizer.initial", "search")
+ON_INPUTS = ("--model.weight_quantizer.initial", "search_on_inputs")
+STARTS = {SEARCH: "search", ON_INPUTS: "search on inputs"}
 TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande", "openbookqa", "lambada_openai")
 PLANS = ("grid", "parts", "tasks", "budget", "start", "tiny")
 
@@ -92,7 +94,7 @@ def job(
 ) -> Job:
     """A row on the first text; its run is called by the label if it has options of its own, of which a search has one
     name in all plans."""
-    label_of_run = f"{method} search" if options == SEARCH else label
+    label_of_run = f"{method} {STARTS[options]}" if options in STARTS else label  # type: ignore[index]
     name = re.sub(r"\W+", "_", label_of_run) if options else ""
     count = 0 if method == "rtn" else epochs(args, scheme)
     return Job(plan, label, Run(method, scheme, count, options, name), next(iter(args.calibrations)), **more)
@@ -135,8 +137,10 @@ def tasks_jobs(args: argparse.Namespace, tasks: tuple[str, ...] = TASKS) -> list
 
 
 def budget_jobs(args: argparse.Namespace) -> list[Job]:
-    """At half a bit, uniform is every other block at 2 bits and at 3. All begin where clipping is searched for. Each with
-    `args.seeds` seeds, of the data and of everything else, of which the first is the usual one."""
+    """At half a bit, uniform is every other block at 2 bits and at 3. All begin where a search on inputs finds it.
+
+    Each with `args.seeds` seeds, of the data and of everything else, of which the first is the usual one.
+    """
     texts, jobs = tuple(args.texts), []
     halves = "{" + ", ".join(f"layers.{index}: 3" for index in range(1, args.blocks, 2)) + "}"
     for scheme, bits in BUDGETS.items():
@@ -144,7 +148,9 @@ def budget_jobs(args: argparse.Namespace) -> list[Job]:
         uniform = ("uniform: 2 and 3 by turns", ("--model.layers", halves)) if half else ("uniform", ())
         budget = f"{args.half_bits if half else args.whole_bits + bits:g}"
         for label, options in (uniform, (f"budget {budget}", ("--bits_budget", budget))):
-            usual = job(args, "budget", label, "omniquant", scheme, (*SEARCH, *options), texts=texts)
+            usual = job(args, "budget", label, "omniquant", scheme, (*ON_INPUTS, *options), texts=texts)
+            if options:
+                usual = replace(usual, run=replace(usual.run, label=f"{usual.run.label}_on_inputs"))
             jobs += [seeded(usual, seed) for seed in range(rows.SEED, rows.SEED + args.seeds)]
     return jobs
 
@@ -160,9 +166,10 @@ def seeded(usual: Job, seed: int) -> Job:
 def start_jobs(args: argparse.Namespace) -> list[Job]:
     texts = tuple(args.texts)
     return [
-        job(args, "start", f"{method} search", method, scheme, SEARCH, texts=texts)
+        job(args, "start", f"{method} {words}", method, scheme, options, texts=texts)
         for scheme in ("w2a8", "w2a16", "w2ba8", "w3a16")
         for method in ("omniquant", "abq")
+        for options, words in STARTS.items()
     ]
 
 

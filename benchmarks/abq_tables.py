@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.abq import METHODS, PLANS, SCHEMES, WITHOUT  # noqa: E402
+from benchmarks.abq import METHODS, PLANS, SCHEMES, SEARCH, STARTS, WITHOUT  # noqa: E402
 from benchmarks.calibration_tables import fill, markdown  # noqa: E402
 from benchmarks.lrquant_tables import listed  # noqa: E402
 from benchmarks.tables import NONE, short  # noqa: E402
@@ -154,16 +154,25 @@ def plain_table(rows: list[Row]) -> str:
 
 
 def budget_table(rows: list[Row]) -> str:
-    """A row each size and choice: true bits, and perplexities, their mean and extremes over seeds."""
-    texts, groups = texts_of(rows), {}
+    """A row each size, start and choice: true bits, and perplexities, their mean and extremes over seeds."""
+    texts = texts_of(rows)
+    groups: dict[tuple[str, str, bool], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["scheme"], row["label"]), []).append(row)
+        place = row["scheme"], start_of(row), not row["label"].startswith("uniform")
+        groups.setdefault(place, []).append(row)
     lines = []
-    for (scheme, label), own in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1].startswith("unif"))):
+    for (scheme, start, _), own in sorted(groups.items()):
         cells = [over_seeds([row["ppl"][text] for row in own]) for text in texts]
-        lines.append([scheme, label, str(len(own)), listed(str(row["epochs"]) for row in own), bits(own[-1]), *cells])
-    heads = ["scheme", "bits", "seeds", "epochs", "bits per weight", *(f"{text} ppl" for text in texts)]
-    return markdown(heads, lines, words=2)
+        facts = [own[0]["label"], str(len(own)), listed(str(row["epochs"]) for row in own), bits(own[-1])]
+        lines.append([scheme, start, *facts, *cells])
+    heads = ["scheme", "clipping begins by", "bits", "seeds", "epochs", "bits per weight", *(f"{t} ppl" for t in texts)]
+    return markdown(heads, lines, words=3)
+
+
+def start_of(row: Row) -> str:
+    """Where clipping begins, as the row's command says it."""
+    option, words = SEARCH[0], row["command"].split()
+    return STARTS[option, words[words.index(option) + 1]]
 
 
 def over_seeds(values: list[float]) -> str:

@@ -47,6 +47,8 @@ BITS = (8, 4, 3, 2)
 PROMPT = "Tell me a long story about an old lighthouse keeper, his dog, and the winter in which the ships stayed away."
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Make = Callable[[PreTrainedModel], Cache]
+READ = ("machine", "dtype", "windows", "length", "text", "chunk")
+"""What a table's rows have in common."""
 
 
 def caches(model: PreTrainedModel, windows: Sequence[int]) -> Iterator[tuple[str, int, Make]]:
@@ -159,13 +161,22 @@ def story(model: PreTrainedModel, directory: Path, make: Make, count: int) -> di
 
 
 def table(rows: list[dict[str, Any]]) -> str:
+    """For each machine and way of reading a line that says so, then a line for each cache."""
+    places: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        places.setdefault(tuple(row[key] for key in READ), []).append(row)
+    parts = []
+    for (machine, dtype, windows, length, text, chunk), own in places.items():
+        words = f"{machine}, {dtype}; {windows} × {length} tokens of {text}, {chunk} at a time."
+        parts.append(f"{words}\n\n{_of_one_place(own)}")
+    return "\n".join(parts)
+
+
+def _of_one_place(rows: list[dict[str, Any]]) -> str:
     """A line for each cache; the bytes beside those of the cache that is not packed."""
-    lines, plain = [], {}
+    plain, lines = {row["model"]: row for row in rows if row["cache"] == PLAIN}, []
     for row in rows:
-        if row["cache"] == PLAIN:
-            plain[row["model"], row["machine"]] = row
-    for row in rows:
-        base = plain.get((row["model"], row["machine"]))
+        base = plain.get(row["model"])
         share = "" if base is None else f"{row['cache_bytes'] / base['cache_bytes']:.3f}"
         words = row["written"].split()
         lines.append(
@@ -222,6 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
         model.to(device)  # pyright: ignore[reportArgumentType]
         if hasattr(model.config, "quantization_config"):
             unpack_block(model)  # whose weights would be unpacked for every token
+            model.to(DTYPES[dtype])  # pyright: ignore[reportArgumentType]
         family = family_of(model.config.model_type)
         tokens = tokenize(tokenizer, read_text(args.text, "evaluation"))
         windows = consecutive_windows(tokens, args.length, bos_token(tokenizer, family.bos))[: args.windows]

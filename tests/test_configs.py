@@ -221,7 +221,7 @@ def test_low_bits_change_where_clipping_begins_and_nothing_else(build: Any, meth
     one, _, _ = build(f"methods/{method}", "schemes/w3a16")
     two, _, _ = build(f"methods/{method}", "schemes/w3a16", "presets/low_bits")
     assert one.identity()["weight_quantizer"]["initial"] == 4.0
-    one.weight_quantizer.initial = "search"
+    one.weight_quantizer.initial = "search_on_inputs"
     assert two.identity() == one.identity()
 
 

@@ -193,6 +193,12 @@ class Streams:
         with watched_sites(block, layout, self.quantised.shape[1], see):
             self.show(block, weights)
 
+    def inputs(self, block: nn.Module, layout: BlockLayout, weights: Weights) -> dict[str, InputRange]:
+        """What the linear layers of a block read where it goes through the quantised stream with these `weights`."""
+        with observe_inputs(block, layout, self.quantised.shape[1], self.ranks) as ranges:
+            self.show(block, weights)
+        return ranges()
+
     def finite(self) -> bool:
         """Whether the full-precision block in every process gave numbers only: no nan, no infinity."""
         return self.ranks.all(bool(self._finite))

@@ -22,6 +22,7 @@ from ptql.calibration.sensitivity import ChoiceWalk, ContextWalk, UnitWalk, Walk
 from ptql.disk import put_text
 from ptql.evaluation.size import layer_sizes
 from ptql.functional.allocation import Candidate, allocate, evenly_spread, scores
+from ptql.parts.inputs import InputRange
 from ptql.recipe import IntScheme
 from ptql.report.numbers import duration
 
@@ -94,6 +95,8 @@ class _Choosing:
     def __init__(self, trainer: BlockTrainer, model: QuantLM, plan: Plan, bits: BitPlan) -> None:
         self._trainer, self._model, self._plan, self._bits = trainer, model, plan, bits
         self._ranks, self._path = trainer.ranks, trainer.ledger.folder / FILE
+        self._inputs: dict[int, dict[str, InputRange]] = {}
+        """What the layers of each block read in full precision, where a quantiser begins on that."""
 
     def chosen(self) -> dict[str, Any]:
         """The width of each unit by name, and what is lost with it and with one width for all; equal in all processes.
@@ -171,7 +174,7 @@ class _Choosing:
         walk = self._walk(len(bits.units))
         units = UnitWalk(walk, bits.units, bits.schemes, bits.reference, self._rounded)
         progress = _Progress(self._trainer, blocks, len(bits.schemes), "rounded by itself")
-        for index, block in self._blocks():
+        for index, block in self._blocks(walk):
             known = self._ranks.all(str(index) in kept)
             found = units.block(index, block, known)
             if not known:
@@ -189,7 +192,7 @@ class _Choosing:
         walk, base = self._walk(len(bits.units) + 1), bits.chosen([bits.schemes[bits.reference].bits] * len(bits.units))
         units = ContextWalk(walk, bits.units, base, bits.schemes[other], self._rounded, share)
         progress = _Progress(self._trainer, plan.source.num_blocks, 1, "rounded with all others")
-        for index, block in self._blocks():
+        for index, block in self._blocks(walk):
             units.block(index, block, plan.source.layout.names)
             progress.block_ends(index)
         before, *after = walk.divergences()
@@ -199,7 +202,7 @@ class _Choosing:
         """What is lost when all is rounded, with each choice, and a share of the errors."""
         walk = self._walk(len(choices))
         trial = ChoiceWalk(walk, [(self._bits.chosen(choice), share) for choice, share in choices], self._rounded)
-        for index, block in self._blocks():
+        for index, block in self._blocks(walk):
             trial.block(index, block, self._plan.source.layout.names)
         return walk.divergences()
 
@@ -209,18 +212,22 @@ class _Choosing:
         share, folder = self._ranks.share(windows), self._trainer.run_dir
         return Walk(source, share, device, self._ranks, self._plan.budget, folder, beside)
 
-    def _blocks(self) -> Iterator[tuple[int, nn.Module]]:
+    def _blocks(self, walk: Walk) -> Iterator[tuple[int, nn.Module]]:
+        """The blocks in order, for a walk that stands before each."""
         with BlockReader(self._plan.source, self._trainer.strategy.root_device) as reader:
             for index in range(self._plan.source.num_blocks):
                 block = reader.block(index)
                 reader.ahead(index + 1)
+                if self._model.weight_quantizer.begins_on_inputs and index not in self._inputs:
+                    self._inputs[index] = walk.inputs(index, block)
+                self._block = index
                 yield index, block
 
     def _rounded(self, name: str, w: Tensor, scheme: IntScheme) -> Tensor:
-        """A matrix as the recipe's quantiser has it before anything is learned."""
+        """A matrix of the block in hand as the recipe's quantiser has it before anything is learned."""
         quantizer = self._model.weight_quantizer.for_linear(name, w, scheme).to(w.device)
         if self._model.weight_quantizer.begins_on_weights:
-            quantizer.begin_on(w)
+            quantizer.begin_on(w, self._inputs.get(self._block, {}).get(name))
         return quantizer.fake(w).detach()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ptql.nn.attention_probe import AttentionProbe, made_by
 from ptql.nn.quant_linear import QuantLinear
 from ptql.nn.static_rounding import grid_tensors
 from ptql.nn.student import weights_of
+from ptql.parts.inputs import InputRange
 from ptql.parts.objectives import Objective, all_terms, total
 from ptql.parts.transforms import TransformState, Weights
 from ptql.parts.weights import LinearQuantizer
@@ -91,11 +92,15 @@ class BlockTask(LightningModule):
         self.initial = copy.deepcopy(self.learnables())
 
     @torch.no_grad()
-    def begin_on_weights(self) -> None:
-        """Let quantisers begin on the weights that they will round, as transforms fold them at first."""
-        folded = self.folded_weights(scaled=True)
+    def begin_on_weights(self, inputs: Mapping[str, InputRange] | None = None) -> None:
+        """Let quantisers begin on the weights that they will round, as transforms fold them at first.
+
+        Args:
+            inputs: What was seen of those that each matrix multiplies, if the recipe asks for it.
+        """
+        folded, seen = self.folded_weights(scaled=True), inputs or {}
         for name, quantizer in self._by_linear():
-            quantizer.begin_on(multiplied_out(folded.pop(f"{name}.weight")))
+            quantizer.begin_on(multiplied_out(folded.pop(f"{name}.weight")), seen.get(name))
         self.begin_here()
 
     # What is learned, and what it makes of the weights

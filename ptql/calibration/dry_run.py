@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ptql.calibration.activations import Streams
+from ptql.calibration.beginnings import begin_on_streams
 from ptql.calibration.block_task import BlockTask
 from ptql.calibration.finish import finish_block
 from ptql.calibration.ledger import BlockRecord, Ledger
 from ptql.calibration.quant_lm import QuantLM
-from ptql.calibration.static_ranges import find_grids
 from ptql.checkpoint import Checkpoint
 from ptql.disk import told_if_full
 from ptql.engine.step import Step
@@ -98,7 +98,7 @@ class DryRun:
             )
         sites = streams.watch(block, source.layout) if model.watches else None
         task = model.block_task(0, model.student(block, source), source, ranges, streams.context, sites=sites)
-        find_grids(task, streams, source.layout, model.activation_quantizer)
+        begin_on_streams(task, streams, source.layout, model)
         if self.learns and task.initial:
             self._one_step(task, streams)
         record, output = finish_block(task, streams, source.layout, ranges)

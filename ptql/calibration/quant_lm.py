@@ -116,8 +116,8 @@ class QuantLM(LightningModule):
         self.published = None if published is None else Published.read(Path(published))
         if self.published is not None and self.weight_quantizer.begins_on_weights:
             raise InputError(
-                f"published={published}: blocks begin with its clipping, and initial=search would look for another; "
-                "leave one of them out"
+                f"published={published}: blocks begin with its clipping, and a search would look for another; leave it "
+                "or weight_quantizer.initial out"
             )
 
     def open(self) -> Checkpoint:
@@ -272,7 +272,8 @@ class QuantLM(LightningModule):
             ranges: At the inputs of its linear layers.
             context: Its keyword arguments: mask, RoPE.
             objective: In place of the recipe's.
-            begin: Let quantisers begin on the weights, if they do; not needed where what was learned is at hand.
+            begin: Let quantisers begin on the weights, if that takes nothing else; not needed where what was learned
+                is at hand.
             sites: What the full-precision block showed on the quantised stream, for transforms that watch it.
         """
         facts = BlockFacts(source.layout, weights_of(student), ranges, index, source.num_blocks, sites)
@@ -312,7 +313,7 @@ class QuantLM(LightningModule):
         if self.published is not None:
             self.published.into(task, index)
             task.begin_here()
-        elif begin and self.weight_quantizer.begins_on_weights:
+        elif begin and self.weight_quantizer.begins_on_weights and not self.weight_quantizer.begins_on_inputs:
             task.begin_on_weights()
         return task
 

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from ptql.calibration.activations import PASS_BYTES, move
 from ptql.calibration.memory_budget import Budget
 from ptql.calibration.ranks import Ranks
+from ptql.calibration.statistics import observe_inputs
 from ptql.calibration.stream_store import StreamStore
 from ptql.checkpoint import Checkpoint
 from ptql.errors import InputError
 from ptql.functional.losses import kl_divergence, mean_squared_error, relative_squared_error
 from ptql.nn.student import run_block
+from ptql.parts.inputs import InputRange
 from ptql.parts.transforms import Weights
 from ptql.recipe import IntScheme, LayerSchemes
 
@@ -86,6 +88,13 @@ class Walk:
     def run(self, index: int, block: nn.Module, hidden: Tensor, out: Tensor, weights: Weights | None = None) -> Tensor:
         """What block `index` makes of a stream, in `out`, which may be the stream."""
         return run_block(block, hidden, self._contexts[index], self._at_once, weights, out)
+
+    @torch.no_grad()
+    def inputs(self, index: int, block: nn.Module) -> dict[str, InputRange]:
+        """What the linear layers of a block read of the stream in full precision."""
+        with observe_inputs(block, self._source.layout, self.full.shape[1], self.ranks) as ranges:
+            self.run(index, block, self.full, self.empty())
+        return ranges()
 
     def target(self, index: int, block: nn.Module) -> Tensor:
         """What a block makes of the stream in full precision, which stays where it is.

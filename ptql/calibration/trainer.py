@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from ptql.calibration.activations import Streams
+from ptql.calibration.beginnings import begin_on_streams
 from ptql.calibration.bit_budget import BitBudget
 from ptql.calibration.bit_choice import with_chosen_bits
 from ptql.calibration.block_reader import BlockReader
@@ -28,7 +29,6 @@ from ptql.calibration.preparation import (
     streams_at_a_time,
 )
 from ptql.calibration.quant_lm import QuantLM
-from ptql.calibration.static_ranges import find_grids
 from ptql.callbacks import LoRARestoration
 from ptql.errors import InputError, RunError
 from ptql.evaluation.recorded_run import MODEL
@@ -223,7 +223,7 @@ class BlockTrainer(FinishedRunTrainer):
             stored = {name: tensor.to(device) for name, tensor in found.stored.items()}
             streams.advance(streams.output(task.student, task.decode(stored)))
             return found
-        find_grids(task, streams, source.layout, model.activation_quantizer)
+        begin_on_streams(task, streams, source.layout, model)
         self._notify("on_block_start", task)
         learning = time.monotonic()
         if task.initial and self.max_epochs:

@@ -83,6 +83,8 @@ class Pupil:
         self.task: BlockTask = run.model.block_task(
             index, student, run.source, ranges, context, lesson.objective, begin=anew
         )
+        if anew and run.model.weight_quantizer.begins_on_inputs:
+            self.task.begin_on_weights(ranges)  # nothing is smoothed then
         self.task.load_learnables(_fresh(self.task) if lesson.compat == "rlq" else record.learned)
         self.task.initial = copy.deepcopy(self.task.learnables())
         for part in self.task.transforms:

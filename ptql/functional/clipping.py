@@ -15,7 +15,9 @@ from ptql.functional import affine, cluster_scales
 SHARES = tuple(round(0.10 + 0.04 * k, 2) for k in range(23))  # to 0.98, where OmniQuant's clipping begins; rising
 
 
-def best_share(groups: Float[Tensor, "out g c"], levels: int, symmetric: bool) -> Float[Tensor, "out g"]:
+def best_share(
+    groups: Float[Tensor, "out g c"], levels: int, symmetric: bool, importance: Float[Tensor, "g c"] | None = None
+) -> Float[Tensor, "out g"]:
     """The one of `SHARES` that rounds each group with the least squared error; the largest of equals.
 
     It is the same above and below zero. The whole range is far from the best at 2 and 3 bits, where a few large
@@ -25,22 +27,29 @@ def best_share(groups: Float[Tensor, "out g c"], levels: int, symmetric: bool) -
         groups: Weights; zeros that fill up a short last group add no error.
         levels: Of the grid.
         symmetric: The grid has no zero point.
+        importance: What the squared error of each column counts; all alike by default.
     """
 
     def error(scale: Tensor, zero: Tensor) -> Tensor:
-        return (affine.fake_quantize(groups, scale, zero, levels) - groups).square_().sum(-1)
+        lost = (affine.fake_quantize(groups, scale, zero, levels) - groups).square_()
+        return lost.sum(-1) if importance is None else (lost * importance).sum(-1)
 
     return _of_least_error(*affine.weight_range(groups), levels, symmetric, error)
 
 
 def best_share_of_clusters(
-    w: Float[Tensor, "out in"], cluster: Int[Tensor, " in"], clusters: int, levels: int, symmetric: bool
+    w: Float[Tensor, "out in"],
+    cluster: Int[Tensor, " in"],
+    clusters: int,
+    levels: int,
+    symmetric: bool,
+    importance: Float[Tensor, " in"] | None = None,
 ) -> Float[Tensor, "out {clusters}"]:
     """`best_share` of each cluster of the columns of `w`; `cluster` has the number of each column's."""
 
     def error(scale: Tensor, zero: Tensor) -> Tensor:
         lost = (cluster_scales.fake_quantize(w, scale, zero, cluster, levels) - w).square_()
-        return cluster_scales.cluster_sums(lost, cluster, clusters)
+        return cluster_scales.cluster_sums(lost if importance is None else lost * importance, cluster, clusters)
 
     return _of_least_error(*cluster_scales.weight_range(w, cluster, clusters), levels, symmetric, error)
 

@@ -36,7 +36,7 @@ def options(command: list[str], name: str) -> list[str]:
 def test_each_row_has_a_name_and_each_calibration_one_command() -> None:
     args = arguments("grid", "parts", "tasks", "budget", "start")
     jobs = abq.planned(args)
-    assert len({job.name(args) for job in jobs}) == len(jobs) == 6 * 3 + 6 * 5 + 3 + 6 + 8
+    assert len({job.name(args) for job in jobs}) == len(jobs) == 6 * 3 + 6 * 5 + 3 + 6 + 16
     commands: dict[str, set[tuple[str, ...]]] = {}
     for job in jobs:
         fit = fit_command(job.run, args, "/t/wiki.txt", Path("/w/run"))
@@ -70,7 +70,7 @@ def test_a_budget_stands_beside_uniform_bits_from_the_same_start() -> None:
         *(("w2a16", "uniform: 2 and 3 by turns"), ("w2a16", "budget 2.535")),
         *(("w3a16", "uniform"), ("w3a16", "budget 3.0355"), ("w4a16", "uniform"), ("w4a16", "budget 4.0355")),
     ]
-    assert all(options(list(job.run.extra), "--model.weight_quantizer.initial") == ["search"] for job in jobs)
+    assert all(options(list(job.run.extra), "--model.weight_quantizer.initial") == ["search_on_inputs"] for job in jobs)
     assert options(list(jobs[0].run.extra), "--model.layers") == ["{layers.1: 3, layers.3: 3}"]
     assert options(list(jobs[1].run.extra), "--bits_budget") == ["2.535"]
 
@@ -159,12 +159,16 @@ def test_tasks_show_both_metrics_and_their_means() -> None:
 
 
 def test_a_budgets_seeds_are_one_line() -> None:
-    found = [row("budget", "budget 3", "w3a16", ppl={"a": value}, name=str(value)) for value in (10.0, 12.0, 14.0)]
-    made = cells(abq_tables.tables([*found, row("budget", "uniform", "w3a16", ppl={"a": 5.0})])["budget"])
-    assert made[0] == ["scheme", "bits", "seeds", "epochs", "bits per weight", "a ppl"]
+    search, on_inputs = ({"scheme": "w3a16", "command": " ".join(["ptql fit", *start])} for start in abq.STARTS)
+    found = [row("budget", "budget 3", name=str(v), ppl={"a": v}, **search) for v in (10.0, 12.0, 14.0)]
+    found += [row("budget", "uniform", ppl={"a": 5.0}, **search)]
+    found += [row("budget", "budget 3", name="other", ppl={"a": 7.0}, **on_inputs)]
+    made = cells(abq_tables.tables(found)["budget"])
+    assert made[0] == ["scheme", "clipping begins by", "bits", "seeds", "epochs", "bits per weight", "a ppl"]
     assert made[2:] == [
-        ["w3a16", "uniform", "1", "20", "4.035", "5.000"],
-        ["w3a16", "budget 3", "3", "20", "4.035", "12.00 (10.00 to 14.00)"],
+        ["w3a16", "search", "uniform", "1", "20", "4.035", "5.000"],
+        ["w3a16", "search", "budget 3", "3", "20", "4.035", "12.00 (10.00 to 14.00)"],
+        ["w3a16", "search on inputs", "budget 3", "1", "20", "4.035", "7.000"],
     ]
 
 

@@ -22,7 +22,24 @@ def test_the_best_share_is_the_best_of_all(levels: int, symmetric: bool) -> None
             assert errors[SHARES.index(found[i, g].item())] == pytest.approx(min(errors), rel=1e-12)
 
 
-def error_of(group: list[float], share: float, levels: int, symmetric: bool) -> float:
+@pytest.mark.parametrize(("levels", "symmetric"), [(4, False), (5, True)])
+def test_columns_count_by_their_importance(levels: int, symmetric: bool) -> None:
+    torch.manual_seed(5)
+    groups, importance = torch.randn(5, 3, 16, dtype=torch.float64) ** 3, torch.rand(3, 16, dtype=torch.float64) ** 4
+    found = best_share(groups, levels, symmetric, importance)
+    for i in range(5):
+        for g in range(3):
+            given = groups[i, g].tolist(), importance[g].tolist()
+            errors = [error_of(given[0], share, levels, symmetric, given[1]) for share in SHARES]
+            assert errors[SHARES.index(found[i, g].item())] == pytest.approx(min(errors), rel=1e-12)
+    plain = best_share(groups, levels, symmetric)
+    assert torch.equal(best_share(groups, levels, symmetric, torch.full_like(importance, 0.3)), plain)
+    assert not torch.equal(found, plain)
+
+
+def error_of(
+    group: list[float], share: float, levels: int, symmetric: bool, importance: list[float] | None = None
+) -> float:
     low, high = min(*group, 0) * share, max(*group, 0) * share
     if symmetric:
         scale, zero = max(-low, high) / ((levels - 1) // 2), levels // 2
@@ -30,7 +47,8 @@ def error_of(group: list[float], share: float, levels: int, symmetric: bool) -> 
         scale = (high - low) / (levels - 1)
         zero = min(max(round(-low / scale), 0), levels - 1)
     codes = [min(max(round(w / scale) + zero, 0), levels - 1) for w in group]
-    return sum(((c - zero) * scale - w) ** 2 for c, w in zip(codes, group, strict=True))
+    counts = importance or [1.0] * len(group)
+    return sum(k * ((c - zero) * scale - w) ** 2 for k, c, w in zip(counts, codes, group, strict=True))
 
 
 def test_fewer_levels_clip_more_and_256_hardly() -> None:

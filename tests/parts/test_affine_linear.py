@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from ptql.calibration.activations import Streams
+from ptql.calibration.beginnings import begin_on_streams
 from ptql.calibration.quant_lm import QuantLM
 from ptql.checkpoint import Checkpoint
 from ptql.errors import InputError
@@ -16,10 +18,11 @@ from ptql.functional import affine
 from ptql.functional.clipping import best_share
 from ptql.functional.scaled import Scaled
 from ptql.kernels.weights import fold_and_round_reference
-from ptql.parts.transforms import Smooth
+from ptql.nn.student import call_block
+from ptql.parts.transforms import Permute, Smooth, Transform
 from ptql.parts.weights import Affine, LinearQuantizer
-from ptql.recipe import IntScheme
-from tests.models import some_ids
+from ptql.recipe import ActivationScheme, IntScheme
+from tests.models import CONFIGS, some_ids
 from tests.words import save_source
 
 SHAPES = [(576, 128, 5), (172, 32, 6), (48, -1, 1), (48, 16, 3), (20, 64, 1)]  # row, group size, groups
@@ -306,9 +309,45 @@ def test_it_begins_on_the_weights_as_they_are_folded(tmp_path: Path) -> None:
         assert torch.equal(task.initial[f"quantizers.{name.replace('.', '/')}.upper"], expected)
 
 
-def test_a_search_needs_clipping_and_no_published_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"initial=search with clip=false: .*use clip: true"):
-        Affine(clip=False, initial="search")
+@pytest.mark.parametrize("transforms", [[], [Smooth(when="always")], [Permute(), Smooth(when="always")]])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_it_begins_on_what_the_folded_weights_read(tmp_path: Path, family: str, transforms: list[Transform]) -> None:
+    """Inputs as the block makes them of the quantised stream: each token, and each weight, by itself."""
+    source = Checkpoint(save_source(tmp_path / "model", CONFIGS[family]))
+    streams = Streams(source.shell(), some_ids(), 2, torch.device("cpu"))
+    streams.quantised += torch.randn(streams.quantised.shape, generator=torch.Generator().manual_seed(1)) * 0.1
+    model = QuantLM(
+        weight=IntScheme(2, 16),
+        activation=ActivationScheme(8),
+        weight_quantizer=Affine(initial="search_on_inputs"),
+        transforms=transforms,
+    )
+    block = source.block(1)
+    ranges = streams.teach(block, source.layout, ("fp",))
+    sites = streams.watch(block, source.layout) if model.watches else None
+    task = model.block_task(1, model.student(block, source), source, ranges, streams.context, sites=sites)
+    assert all(torch.equal(q.lower, torch.full_like(q.lower, 4.0)) for q in task.quantizers.values())  # type: ignore
+    begin_on_streams(task, streams, source.layout, model)
+    weights, seen = task.folded_weights(), {name: [] for name in source.layout.names}
+    for name in source.layout.names:
+        look = lambda module, given, name=name: seen[name].append(given[0].reshape(-1, given[0].shape[-1]))  # noqa: E731
+        task.student.get_submodule(name).register_forward_pre_hook(look)
+    for sample in streams.quantised:
+        call_block(task.student, sample[None], streams.context, weights)
+    for name in source.layout.names:
+        folded, columns = weights[f"{name}.weight"].double(), 16
+        importance = torch.cat(seen[name]).double().abs().mean(0).square()
+        counts = affine.grouped(importance[None], columns)[0]
+        expected = best_share(affine.grouped(folded, columns), 4, False, counts).float()
+        found = task.quantizer(name).upper.sigmoid()  # type: ignore[union-attr]
+        assert (found - expected).abs().gt(1e-4).float().mean() < 0.01, name  # two shares may be as good
+        assert torch.equal(task.initial[f"quantizers.{name.replace('.', '/')}.upper"], task.quantizer(name).upper)
+
+
+@pytest.mark.parametrize("start", ["search", "search_on_inputs"])
+def test_a_search_needs_clipping_and_no_published_file(tmp_path: Path, start: Any) -> None:
+    with pytest.raises(InputError, match=rf"initial={start} with clip=false: .*use clip: true"):
+        Affine(clip=False, initial=start)
     torch.save({0: {"a": torch.ones(1)}}, tmp_path / "p.pth")
-    with pytest.raises(InputError, match=r"published=.*p\.pth: .*leave one of them out"):
-        QuantLM(published=str(tmp_path / "p.pth"), weight_quantizer=Affine(initial="search"))
+    with pytest.raises(InputError, match=r"published=.*p\.pth: .*a search would look for another; leave it or"):
+        QuantLM(published=str(tmp_path / "p.pth"), weight_quantizer=Affine(initial=start))

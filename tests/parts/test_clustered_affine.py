@@ -15,6 +15,7 @@ from ptql.functional import affine, cluster_scales
 from ptql.functional.clipping import best_share_of_clusters
 from ptql.functional.scaled import Scaled
 from ptql.nn.clustered_linear import ClusteredLinear
+from ptql.parts.inputs import InputRange
 from ptql.parts.transforms import Permute
 from ptql.parts.weights import Affine, ColumnClusters, Gptq, LinearQuantizer, SalientBinary, WeightQuantizer
 from ptql.parts.weights.clustered_affine import ClusteredAffineLinear
@@ -200,6 +201,15 @@ def test_clipping_can_begin_where_each_cluster_loses_least() -> None:
     assert least < 0.95 * error
     assert torch.equal(searched.lower, best_share_of_clusters(w, NUMBERS, COUNT, 4, False).logit())
     assert torch.equal(searched.lower, searched.upper)
+
+
+def test_clusters_can_begin_on_their_inputs() -> None:
+    w, scheme, magnitude = some_weights() ** 3, IntScheme(2, clustered=True), torch.rand(ROW) ** 2
+    begun = made(Affine(initial="search_on_inputs"), scheme)
+    begun.begin_on(w, InputRange.of_magnitudes(magnitude, magnitude))
+    expected = best_share_of_clusters(w, NUMBERS, COUNT, 4, False, magnitude.square())
+    assert torch.equal(begun.lower, expected.logit())
+    assert not torch.equal(expected, best_share_of_clusters(w, NUMBERS, COUNT, 4, False))
 
 
 def test_ranges_are_those_of_clusters() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from ptql.recipe import IntScheme
 
 MOST = 100  # far beyond where a sigmoid in float32 is 0 or 1, and nothing moves it
 USUAL = 4.0
+Search = Literal["search", "search_on_inputs"]
 HIGHEST_RANK = 64  # float16 factors of a matrix of 4096 x 4096 take half a bit of each weight then
 
 
@@ -25,8 +26,10 @@ class Affine(WeightQuantizer):
 
     Args:
         clip: Learn a share of the range, separately above and below zero, for each group.
-        initial: Logit to start from: sigmoid(4) = 0.982 of the range (OmniQuant). Or `search`: the share that rounds
-            each group with the least squared error (ours; for 3 bits and fewer, whose best share is far from there).
+        initial: Logit to start from: sigmoid(4) = 0.982 of the range (OmniQuant). Or a share that is looked for, group
+            by group (ours; for 3 bits and fewer, whose best share is far from there): `search_on_inputs`, the one with
+            the least squared error, a column's counting by the square of its inputs' mean magnitude; `search`, where
+            all columns count alike.
         lr: Learning rate of the logits and of the factors.
         factor_rank: Learn a factor of this rank for each matrix, which multiplies the rounded weights element by
             element and is stored in float16 (LRQuant+, whose rank is 1); 0 for none.
@@ -35,16 +38,16 @@ class Affine(WeightQuantizer):
     takes_clusters = True
 
     def __init__(
-        self, clip: bool = True, initial: float | Literal["search"] = USUAL, lr: float = 1e-2, factor_rank: int = 0
+        self, clip: bool = True, initial: float | Search = USUAL, lr: float = 1e-2, factor_rank: int = 0
     ) -> None:
         check_learning_rate(lr, "take `clip: false` to learn no clipping")
-        if initial == "search" and not clip:
+        if initial in get_args(Search) and not clip:
             raise InputError(
-                "initial=search with clip=false: without clipping nothing begins anywhere; use clip: true, and "
+                f"initial={initial} with clip=false: without clipping nothing begins anywhere; use clip: true, and "
                 "--trainer.max_epochs 0 to learn nothing"
             )
-        if initial != "search":
-            rule = f"a logit lies between -{MOST} and {MOST}; 4.0 is usual, `search` looks for the best"
+        if initial not in get_args(Search):
+            rule = f"a logit lies between -{MOST} and {MOST}; 4.0 is usual, `search_on_inputs` looks for the best"
             check_number("initial", initial, -MOST, MOST, rule)
         if type(factor_rank) is not int or not 0 <= factor_rank <= HIGHEST_RANK:
             raise InputError(
@@ -52,13 +55,17 @@ class Affine(WeightQuantizer):
                 "or 0 for none"
             )
         self.clip = clip
-        self.initial: float | Literal["search"] = initial
+        self.initial: float | Search = initial
         self.lr = lr
         self.factor_rank = factor_rank
 
     @property
     def begins_on_weights(self) -> bool:  # type: ignore[override]
-        return self.clip and self.initial == "search"
+        return self.clip and self.initial in get_args(Search)
+
+    @property
+    def begins_on_inputs(self) -> bool:  # type: ignore[override]
+        return self.clip and self.initial == "search_on_inputs"
 
     def for_linear(
         self,
@@ -75,4 +82,6 @@ class Affine(WeightQuantizer):
     @property
     def first_logit(self) -> float | None:
         """What clipping begins with, before any search; None without it."""
-        return None if not self.clip else USUAL if self.initial == "search" else self.initial
+        if not self.clip:
+            return None
+        return USUAL if isinstance(self.initial, str) else self.initial

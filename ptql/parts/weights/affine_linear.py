@@ -12,6 +12,7 @@ from ptql.functional.factored import factored, ones_of_rank
 from ptql.functional.scaled import Scaled
 from ptql.kernels.weights import fold_and_round
 from ptql.nn.packed_linear import dense_from_packed, packed_tensors
+from ptql.parts.inputs import InputRange
 from ptql.parts.weights.base import LinearQuantizer
 from ptql.recipe import IntScheme
 
@@ -47,10 +48,10 @@ class AffineLinear(LinearQuantizer):
             self.left, self.right = map(nn.Parameter, ones_of_rank(rows, row, factor_rank))
 
     @torch.no_grad()
-    def begin_on(self, w: Tensor) -> None:
+    def begin_on(self, w: Tensor, inputs: InputRange | None = None) -> None:
         assert self.lower is not None
         assert self.upper is not None
-        logits = self.share_of_least_error(w).logit()
+        logits = self.share_of_least_error(w, None if inputs is None else inputs.mean.square()).logit()
         self.lower.copy_(logits)
         self.upper.copy_(logits)
 
@@ -92,10 +93,11 @@ class AffineLinear(LinearQuantizer):
         """Columns of a full group of neighbours, or the number of each column's group [in]."""
         return self.scheme.columns(self.row)
 
-    def share_of_least_error(self, w: Tensor) -> Tensor:
-        """The share of each group's range that rounds it best, [out, groups]."""
-        s = self.scheme
-        return best_share(affine.grouped(w, s.columns(self.row)), s.levels, s.symmetric)
+    def share_of_least_error(self, w: Tensor, importance: Tensor | None) -> Tensor:
+        """The share of each group's range that rounds it best, [out, groups]; `importance` of each column, [in]."""
+        s, columns = self.scheme, self.scheme.columns(self.row)
+        counts = None if importance is None else affine.grouped(importance[None], columns)[0]
+        return best_share(affine.grouped(w, columns), s.levels, s.symmetric, counts)
 
     def clipped_range(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Both ends of each group's range after clipping, [out, groups, 1]."""

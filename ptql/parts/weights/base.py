@@ -29,8 +29,9 @@ class LinearQuantizer(nn.Module, ABC):
         """Let all that is learned have this learning rate."""
         self.lr = lr
 
-    def begin_on(self, w: Tensor) -> None:
-        """Set what is learned by the weights [out, in], as transforms fold them when nothing is learned yet."""
+    def begin_on(self, w: Tensor, inputs: InputRange | None = None) -> None:
+        """Set what is learned by the weights [out, in], as transforms fold them when nothing is learned yet, and by
+        what was seen of the inputs that they multiply, if the recipe asks for it."""
         return None
 
     @abstractmethod
@@ -59,6 +60,8 @@ class WeightQuantizer(ABC):
 
     begins_on_weights: bool = False
     """Whether its quantisers want `begin_on`, which takes a folding of the block."""
+    begins_on_inputs: bool = False
+    """Whether that wants to know the inputs, which takes a pass of the folded block."""
     factor_rank: int = 0
     """Rank of the factors that are stored beside the codes, as `PackedLinear` has them; 0 for none."""
     takes_transforms: bool = True

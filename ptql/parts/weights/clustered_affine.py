@@ -43,8 +43,9 @@ class ClusteredAffineLinear(AffineLinear):
     def fake_into(self, w: Scaled, out: Tensor) -> Tensor:
         return write_into(self.fake(w.dense()), out)
 
-    def share_of_least_error(self, w: Tensor) -> Tensor:
-        return best_share_of_clusters(w, self.cluster, self.count, self.scheme.levels, self.scheme.symmetric)
+    def share_of_least_error(self, w: Tensor, importance: Tensor | None) -> Tensor:
+        s = self.scheme
+        return best_share_of_clusters(w, self.cluster, self.count, s.levels, s.symmetric, importance)
 
     def clipped_range(self, w: Tensor) -> tuple[Tensor, Tensor]:
         return cluster_scales.weight_range(w, self.cluster, self.count, self.lower, self.upper)

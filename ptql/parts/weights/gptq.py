@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ptql.functional import gptq
 from ptql.functional.factored import factor
 from ptql.nn.packed_linear import stored_half
 from ptql.parts.inputs import InputRange
-from ptql.parts.weights.affine import USUAL, Affine
+from ptql.parts.weights.affine import USUAL, Affine, Search
 from ptql.parts.weights.affine_linear import AffineLinear
 from ptql.parts.weights.base import LinearQuantizer
 from ptql.parts.weights.clustered_affine import ClusteredAffineLinear
@@ -31,8 +31,7 @@ class Gptq(Affine):
 
     Args:
         clip: Learn a share of the range, separately above and below zero, for each group.
-        initial: Logit to start from: sigmoid(4) = 0.982 of the range (OmniQuant). Or `search`: the share that rounds
-            each group with the least squared error.
+        initial: As of `Affine`: a logit, `search_on_inputs` or `search`.
         lr: Learning rate of the logits and of the factors.
         factor_rank: Learn a factor of this rank for each matrix, as in `Affine`; 0 for none.
         damping: Added to the diagonal of the inputs' second moments, in parts of its mean (the original's percdamp).
@@ -46,7 +45,7 @@ class Gptq(Affine):
     def __init__(
         self,
         clip: bool = True,
-        initial: float | Literal["search"] = USUAL,
+        initial: float | Search = USUAL,
         lr: float = 1e-2,
         factor_rank: int = 0,
         damping: float = 0.01,
