@@ -156,17 +156,17 @@ def plain_table(rows: list[Row]) -> str:
 def budget_table(rows: list[Row]) -> str:
     """A row each size, start and choice: true bits, and perplexities, their mean and extremes over seeds."""
     texts = texts_of(rows)
-    groups: dict[tuple[str, str, bool], list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        place = row["scheme"], start_of(row), not row["label"].startswith("uniform")
-        groups.setdefault(place, []).append(row)
+        learned = row["epochs"], row["samples"], row["length"]
+        groups.setdefault((row["scheme"], start_of(row), learned, not row["label"].startswith("unif")), []).append(row)
     lines = []
-    for (scheme, start, _), own in sorted(groups.items()):
+    for (scheme, start, (epochs, samples, length), _), own in sorted(groups.items()):
         cells = [over_seeds([row["ppl"][text] for row in own]) for text in texts]
-        facts = [own[0]["label"], str(len(own)), listed(str(row["epochs"]) for row in own), bits(own[-1])]
+        facts = [own[0]["label"], str(len(own)), str(epochs), f"{samples} × {length}", bits(own[-1])]
         lines.append([scheme, start, *facts, *cells])
-    heads = ["scheme", "clipping begins by", "bits", "seeds", "epochs", "bits per weight", *(f"{t} ppl" for t in texts)]
-    return markdown(heads, lines, words=3)
+    heads = ["scheme", "clipping begins by", "bits", "seeds", "epochs", "tokens", "bits per weight"]
+    return markdown([*heads, *(f"{text} ppl" for text in texts)], lines, words=3)
 
 
 def start_of(row: Row) -> str:

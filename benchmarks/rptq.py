@@ -54,15 +54,18 @@ RANGES: dict[str, tuple[str, ...]] = {
     "2^b steps": ("--model.activation_quantizer.faithful", "true"),
 }
 """Each beside the recipe, whose row is in `grid`, as is that of `mse`."""
+GROUPS = ("--model.weight.group_size", "64")
+CLIPPED = ("--model.weight_quantizer.clip", "true", "--model.weight_quantizer.initial", "search_on_inputs")
 ROUNDED: dict[str, tuple[str, tuple[str, ...]]] = {
     "rtn, a scale for each row": ("rtn", ()),
-    "rtn, groups of 64": ("rtn", ("--model.weight.group_size", "64")),
+    "rtn, a scale for each row, clipped on inputs": ("rtn", CLIPPED),
+    "rtn, groups of 64": ("rtn", GROUPS),
+    "rtn, groups of 64, clipped on inputs": ("rtn", (*GROUPS, *CLIPPED)),
     "gptq, a scale for each row": ("gptq", ()),
-    "gptq, groups of 64": ("gptq", ("--model.weight.group_size", "64")),
-    "gptq, groups of 64, in order": (
-        "gptq",
-        ("--model.weight.group_size", "64", "--model.weight_quantizer.act_order", "false"),
-    ),
+    "gptq, a scale for each row, clipped on inputs": ("gptq", CLIPPED),
+    "gptq, groups of 64": ("gptq", GROUPS),
+    "gptq, groups of 64, clipped on inputs": ("gptq", (*GROUPS, *CLIPPED)),
+    "gptq, groups of 64, in order": ("gptq", (*GROUPS, "--model.weight_quantizer.act_order", "false")),
 }
 LATER = ({"class_path": "ptql.parts.transforms.Permute"}, {"class_path": "ptql.parts.transforms.Smooth"})
 LEARNED: dict[str, tuple[str, ...]] = {

@@ -164,11 +164,11 @@ def test_a_budgets_seeds_are_one_line() -> None:
     found += [row("budget", "uniform", ppl={"a": 5.0}, **search)]
     found += [row("budget", "budget 3", name="other", ppl={"a": 7.0}, **on_inputs)]
     made = cells(abq_tables.tables(found)["budget"])
-    assert made[0] == ["scheme", "clipping begins by", "bits", "seeds", "epochs", "bits per weight", "a ppl"]
+    assert made[0] == ["scheme", "clipping begins by", "bits", "seeds", "epochs", "tokens", "bits per weight", "a ppl"]
     assert made[2:] == [
-        ["w3a16", "search", "uniform", "1", "20", "4.035", "5.000"],
-        ["w3a16", "search", "budget 3", "3", "20", "4.035", "12.00 (10.00 to 14.00)"],
-        ["w3a16", "search on inputs", "budget 3", "1", "20", "4.035", "7.000"],
+        ["w3a16", "search", "uniform", "1", "20", "128 × 2048", "4.035", "5.000"],
+        ["w3a16", "search", "budget 3", "3", "20", "128 × 2048", "4.035", "12.00 (10.00 to 14.00)"],
+        ["w3a16", "search on inputs", "budget 3", "1", "20", "128 × 2048", "4.035", "7.000"],
     ]
 
 
