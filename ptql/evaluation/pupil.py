@@ -81,11 +81,13 @@ class Pupil:
         ranges = run.ranges(record, device)
         anew = lesson.compat == "rlq"
         self.task: BlockTask = run.model.block_task(
-            index, student, run.source, ranges, context, lesson.objective, begin=anew
+            index, student, run.source, ranges, context, lesson.objective, begin=False
         )
-        if anew and run.model.weight_quantizer.begins_on_inputs:
-            self.task.begin_on_weights(ranges)  # nothing is smoothed then
-        self.task.load_learnables(_fresh(self.task) if lesson.compat == "rlq" else record.learned)
+        self.task.load_learnables(_fresh(self.task) if anew else record.learned)
+        if (
+            anew and run.model.weight_quantizer.begins_on_weights
+        ):  # with nothing smoothed inputs are those of the source
+            self.task.begin_on_weights(ranges if run.model.weight_quantizer.begins_on_inputs else None)
         self.task.initial = copy.deepcopy(self.task.learnables())
         for part in self.task.transforms:
             part.lr = lesson.lr or part.lr  # type: ignore[assignment]

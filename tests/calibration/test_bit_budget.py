@@ -6,11 +6,14 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from ptql.api import evaluate
 from ptql.calibration import bit_choice
@@ -111,6 +114,32 @@ def test_matrices_that_share_an_input_have_the_same_bits(fit: Fit) -> None:
     assert sum(found["share_of_weights"].values()) == pytest.approx(1, abs=1e-3)
     assert found["uniform"]["bits"] == 2  # all that fits: 3 bits take more than 3 with their scales
     assert found["divergence"] < found["uniform"]["divergence"]
+
+
+def test_widths_are_measured_as_clipping_begins(
+    places: Path, tmp_path: Path, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On inputs of the full-precision model, those of the windows that are measured on."""
+    kept: list[Any] = []
+    chosen = bit_choice._Choosing.chosen
+    monkeypatch.setattr(bit_choice._Choosing, "chosen", lambda self: kept.append(self) or chosen(self))
+    starts = [("--model.weight_quantizer.initial", start) for start in ("search", "search_on_inputs")]
+    for start in starts:
+        more = ("--bits_budget", "3", "--trainer.max_epochs", "0", *start)
+        assert main(arguments(places, tmp_path / start[1], *more, method="omniquant")) == 0
+    by_weights, on_inputs = kept
+    errors = [json.loads((tmp_path / start[1] / "ledger/bits.json").read_text()) for start in starts]
+    assert errors[0] != errors[1]
+    assert not by_weights._inputs
+    model, seen = AutoModelForCausalLM.from_pretrained(places / "llama", dtype=torch.float64), {}
+    for block, layer in enumerate(model.model.layers):
+        for name in NAMES:
+            look = partial(lambda key, module, given: seen.update({key: given[0]}), (block, name))
+            layer.get_submodule(name).register_forward_pre_hook(look)
+    model(on_inputs._plan.windows)
+    for (block, name), x in seen.items():
+        found = on_inputs._inputs[block][name].mean
+        torch.testing.assert_close(found, x.abs().mean((0, 1)).float(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_layer_that_is_named_keeps_its_format_and_counts(fit: Fit) -> None:

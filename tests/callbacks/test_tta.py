@@ -19,6 +19,7 @@ from ptql.evaluation.perplexity import perplexity, window_losses
 from ptql.evaluation.pupil import Lesson, Pupil
 from ptql.evaluation.recorded_run import RecordedRun
 from ptql.evaluation.text_under_test import TextUnderTest
+from ptql.functional.clipping import best_share
 from ptql.nn.student import weights_of
 from ptql.parts.activations import TokenRounding
 from ptql.parts.objectives import Reconstruction
@@ -245,6 +246,20 @@ def test_the_original_begins_anew(run: Path, text: Path) -> None:
     found = {name: value.unique().tolist() for name, value in block.task.learnables().items()}
     assert found == {name: [anew[name.rpartition(".")[2]]] for name in found}
     assert {name.rpartition(".")[2] for name in found} == set(anew)
+
+
+@pytest.mark.parametrize("start", ["search", "search_on_inputs"])
+def test_anew_clipping_begins_on_weights_that_nothing_has_smoothed(tmp_path: Path, start: str) -> None:
+    run = fitted(tmp_path, settings={"model.weight_quantizer.initial": start})
+    block, _ = pupil(run, tmp_path / "words.txt", compat="rlq")
+    recorded = RecordedRun.open(run)
+    last = recorded.source.num_blocks - 1
+    ranges, weights = recorded.ranges(recorded.record(last), CPU), recorded.source.block(last)
+    for name, quantizer in block.task.quantizers.items():
+        linear = name.replace("/", ".")
+        w, counts = weights.get_parameter(f"{linear}.weight"), ranges[linear].mean.square()[None]
+        expected = best_share(w[:, None], 16, False, counts if start == "search_on_inputs" else None)
+        torch.testing.assert_close(quantizer.lower.sigmoid(), expected)  # type: ignore[union-attr]
 
 
 def test_the_original_learns_from_embeddings(run: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
