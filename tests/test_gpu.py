@@ -83,12 +83,12 @@ def test_mixed_precision_learns_too(tmp_path: Path, stories_dir: Path, shared_di
 
 
 def test_gptq_chooses_the_codes_of_the_cpu(tmp_path: Path, stories_dir: Path, shared_dir: Path) -> None:
-    """With products in TF32 all around it."""
+    """With products in TF32 all around it; weights alone, as with rounded activations last bits jump to other codes."""
     text = shared_dir / "data/text/tinystories-test.jsonl"
-    ours = ("--model.weight_quantizer", "ptql.parts.weights.Gptq")
+    ours = ("--model.weight_quantizer", "ptql.parts.weights.Gptq", "-c", "schemes/w4a16")
     gpu = fit(tmp_path / "gpu", stories_dir, text, "--trainer.accelerator", "gpu", *ours)
     cpu = fit(tmp_path / "cpu", stories_dir, text, "--trainer.accelerator", "cpu", *ours)
-    assert gpu["ppl"]["tiny"] == pytest.approx(cpu["ppl"]["tiny"], rel=0.1)
+    assert gpu["ppl"]["tiny"] == pytest.approx(cpu["ppl"]["tiny"], rel=0.05)
     torch.manual_seed(0)
     w, x = torch.randn(64, 300), torch.randn(2000, 300) @ torch.randn(300, 300)
     before = torch.get_float32_matmul_precision()
@@ -133,10 +133,10 @@ def test_token_rounding_and_its_gradient_equal_the_cpu(bits: int) -> None:
         rounded = fake_quantize_tokens(leaf, bits)
         (rounded * torch.linspace(-1, 1, 48, device=device)).sum().backward()
         pairs.append((rounded.detach().cpu(), leaf.grad.cpu()))  # type: ignore[union-attr]
-    far = (pairs[0][0] - pairs[1][0]).abs() > 1e-5
-    assert far.double().mean() < 1e-3  # values in the middle between two codes
-    near = (pairs[0][1] - pairs[1][1]).abs() < 1e-4 + 1e-4 * pairs[0][1].abs()
-    assert near.double().mean() > 0.99
+    tipped = ((pairs[0][0] - pairs[1][0]).abs() > 1e-5).any(-1)  # tokens with a value in the middle between two codes
+    assert tipped.double().mean() < 0.01
+    torch.testing.assert_close(pairs[0][0][~tipped], pairs[1][0][~tipped])
+    torch.testing.assert_close(pairs[0][1][~tipped], pairs[1][1][~tipped], rtol=1e-4, atol=1e-4)
 
 
 def learned(run_dir: Path) -> list[dict[str, torch.Tensor]]:
@@ -385,7 +385,7 @@ def test_adaptation_on_the_gpu_equals_that_on_the_cpu(tmp_path: Path, stories_di
         found[device] = json.loads((tmp_path / f"{device}.json").read_text())["tta"]
     for name, adapted in found["gpu"].items():
         assert adapted["ppl"]["tiny"] != adapted["without"]["tiny"]
-        assert adapted["ppl"]["tiny"] == pytest.approx(found["cpu"][name]["ppl"]["tiny"], rel=2e-2)
+        assert adapted["ppl"]["tiny"] == pytest.approx(found["cpu"][name]["ppl"]["tiny"], rel=5e-3)
 
 
 def test_tasks_are_adapted_to_on_the_gpu(tmp_path: Path, stories_dir: Path, shared_dir: Path) -> None:

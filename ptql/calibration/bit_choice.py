@@ -95,8 +95,8 @@ class _Choosing:
     def __init__(self, trainer: BlockTrainer, model: QuantLM, plan: Plan, bits: BitPlan) -> None:
         self._trainer, self._model, self._plan, self._bits = trainer, model, plan, bits
         self._ranks, self._path = trainer.ranks, trainer.ledger.folder / FILE
-        self._inputs: dict[int, dict[str, InputRange]] = {}
-        """What the layers of each block read in full precision, where a quantiser begins on that."""
+        self._inputs: dict[str, InputRange] = {}
+        """What the layers of the block in hand read in full precision, where a quantiser begins on that."""
 
     def chosen(self) -> dict[str, Any]:
         """The width of each unit by name, and what is lost with it and with one width for all; equal in all processes.
@@ -218,16 +218,15 @@ class _Choosing:
             for index in range(self._plan.source.num_blocks):
                 block = reader.block(index)
                 reader.ahead(index + 1)
-                if self._model.weight_quantizer.begins_on_inputs and index not in self._inputs:
-                    self._inputs[index] = walk.inputs(index, block)
-                self._block = index
+                if self._model.weight_quantizer.begins_on_inputs:
+                    self._inputs = walk.inputs(index, block)
                 yield index, block
 
     def _rounded(self, name: str, w: Tensor, scheme: IntScheme) -> Tensor:
         """A matrix of the block in hand as the recipe's quantiser has it before anything is learned."""
         quantizer = self._model.weight_quantizer.for_linear(name, w, scheme).to(w.device)
         if self._model.weight_quantizer.begins_on_weights:
-            quantizer.begin_on(w, self._inputs.get(self._block, {}).get(name))
+            quantizer.begin_on(w, self._inputs.get(name))
         return quantizer.fake(w).detach()
 
 

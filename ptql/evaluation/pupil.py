@@ -76,10 +76,10 @@ class Pupil:
         self._engine, self._trainer = run.model.engine, trainer
         self.teacher = run.source.block(index, device)
         record = run.record(index)
-        unrounded = ActivationScheme(UNQUANTISED) if lesson.compat == "rlq" else None
+        anew = lesson.compat == "rlq"
+        unrounded = ActivationScheme(UNQUANTISED) if anew else None
         student = run.model.student(run.source.block(index, device), run.source, unrounded)
         ranges = run.ranges(record, device)
-        anew = lesson.compat == "rlq"
         self.task: BlockTask = run.model.block_task(
             index, student, run.source, ranges, context, lesson.objective, begin=False
         )

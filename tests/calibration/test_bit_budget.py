@@ -13,17 +13,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ptql.api import evaluate
 from ptql.calibration import bit_choice
 from ptql.calibration.bit_budget import CHOICES, BitBudget, plan_bits
 from ptql.calibration.quant_lm import QuantLM
-from ptql.calibration.sensitivity import UnitWalk
+from ptql.calibration.sensitivity import UnitWalk, Walk
 from ptql.cli import main
 from ptql.errors import InputError
 from ptql.evaluation.recorded_run import RecordedRun
 from ptql.formats.ptql import PackedFormat
+from ptql.parts.inputs import InputRange
 from ptql.recipe import IntScheme
 from tests.models import llama_config, opt_config
 from tests.words import save_source, save_text
@@ -121,8 +123,15 @@ def test_widths_are_measured_as_clipping_begins(
 ) -> None:
     """On inputs of the full-precision model, those of the windows that are measured on."""
     kept: list[Any] = []
-    chosen = bit_choice._Choosing.chosen
+    chosen, read = bit_choice._Choosing.chosen, Walk.inputs
+    found: dict[int, dict[str, InputRange]] = {}
+
+    def kept_inputs(self: Walk, index: int, block: nn.Module) -> dict[str, InputRange]:
+        found[index] = read(self, index, block)
+        return found[index]
+
     monkeypatch.setattr(bit_choice._Choosing, "chosen", lambda self: kept.append(self) or chosen(self))
+    monkeypatch.setattr(Walk, "inputs", kept_inputs)
     starts = [("--model.weight_quantizer.initial", start) for start in ("search", "search_on_inputs")]
     for start in starts:
         more = ("--bits_budget", "3", "--trainer.max_epochs", "0", *start)
@@ -138,8 +147,7 @@ def test_widths_are_measured_as_clipping_begins(
             layer.get_submodule(name).register_forward_pre_hook(look)
     model(on_inputs._plan.windows)
     for (block, name), x in seen.items():
-        found = on_inputs._inputs[block][name].mean
-        torch.testing.assert_close(found, x.abs().mean((0, 1)).float(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[block][name].mean, x.abs().mean((0, 1)).float(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_layer_that_is_named_keeps_its_format_and_counts(fit: Fit) -> None:
