@@ -69,7 +69,7 @@ def say(directory: Path) -> str:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     unpack_block(model)
     prompt = tokenizer(PROMPT, return_tensors="pt")
-    answer = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+    answer = model.generate(**prompt, max_new_tokens=24, do_sample=False)  # pyright: ignore[reportAttributeAccessIssue]
     return " ".join(tokenizer.decode(answer[0], skip_special_tokens=True).split())
 
 

@@ -99,7 +99,7 @@ def restoration_jobs(args: argparse.Namespace) -> list[rows.Job]:
     texts = tuple(f"{name}_held_out" if name in args.divided else name for name in args.whole)
     plain = job(args, "restoration", "ptq161", "ptq161", "w1.61a16", ())
     found = [replace(plain, texts=texts)]
-    firsts = {(): plain.run}
+    firsts: dict[tuple[str, ...], Run] = {(): plain.run}
     for label, (options, lora) in RESTORED.items():
         once = job(args, "restoration", label, "ptq161", "w1.61a16", options)
         if not lora:
@@ -145,7 +145,7 @@ def how_many(args: argparse.Namespace) -> Callable[[dict[str, str]], int]:
     tokens = sum(len(d if isinstance(d, Tensor) else tokenize(tokenizer, d)) + 1 for d in documents)
 
     def count(lora: dict[str, str]) -> int:
-        passes = int(lora.get("passes", args.passes))
+        passes = int(lora.get("passes") or args.passes)
         found = passes * (tokens // length if lora.get("packing") == "true" else len(documents))
         return max(found // 8, 1) * 8  # a whole number of steps
 

@@ -1,6 +1,6 @@
 """What reordering and clusters are worth: RPTQ beside the same without them, and beside rounding to nearest.
 
-    python benchmarks/rptq.py grid clusters ranges weights learned --model DIR --calibration NAME=FILE \\
+    python benchmarks/rptq.py grid clusters ranges weights learned codes --model DIR --calibration NAME=FILE \\
         --text wikitext2=wikitext2-test.txt --text c4=c4-train.jsonl --jobs 8 --work /tmp/rptq --results FILE.jsonl
 
 `benchmarks/rows.py` says how rows are made. `benchmarks/rptq_tables.py` makes the tables of docs/methods/rptq.md.
@@ -11,6 +11,7 @@ Plans:
     ranges    how ranges are found, at W4A4
     weights   how weights are rounded, at W4A16 and W3A16
     learned   smoothing and clipping that are learned after channels have changed places, at W4A4
+    codes     GPTQ's codes on ranges that were learned, at W3A16 and W2A16 in groups of 64
     tiny      some of each
 """
 
@@ -67,6 +68,7 @@ ROUNDED: dict[str, tuple[str, tuple[str, ...]]] = {
     "gptq, groups of 64, clipped on inputs": ("gptq", (*GROUPS, *CLIPPED)),
     "gptq, groups of 64, in order": ("gptq", (*GROUPS, "--model.weight_quantizer.act_order", "false")),
 }
+RPTQS = "rptq's: gptq, scales of clusters"
 LATER = ({"class_path": "ptql.parts.transforms.Permute"}, {"class_path": "ptql.parts.transforms.Smooth"})
 LEARNED: dict[str, tuple[str, ...]] = {
     "clipping": ("--model.weight_quantizer", "Affine", "--model.weight_quantizer.clip", "true"),
@@ -79,7 +81,17 @@ LEARNED: dict[str, tuple[str, ...]] = {
         *("--model.weight_quantizer.clip", "true"),
     ),
 }
-PLANS = ("grid", "clusters", "ranges", "weights", "learned", "tiny")
+BEGUN = ("--model.weight_quantizer.initial", "search_on_inputs")
+BY_GPTQ = ("--model.weight_quantizer", "Gptq")
+CODES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "gptq": ("gptq", ()),
+    "gptq, clipped on inputs": ("gptq", CLIPPED),
+    "omniquant": ("omniquant", ()),
+    "omniquant, clipped on inputs": ("omniquant", BEGUN),
+    "omniquant, gptq": ("omniquant", BY_GPTQ),
+    "omniquant, gptq, clipped on inputs": ("omniquant", (*BY_GPTQ, *BEGUN)),
+}
+PLANS = ("grid", "clusters", "ranges", "weights", "learned", "codes", "tiny")
 
 
 def job(
@@ -123,14 +135,27 @@ def planned(args: argparse.Namespace) -> list[rows.Job]:
     made["weights"] = [
         job(args, "weights", f"{scheme[:2].upper()}: {label}", method, scheme, options)
         for scheme in ("w4a16", "w3a16")
-        for label, (method, options) in {**ROUNDED, "rptq's: gptq, scales of clusters": ("rptq", ())}.items()
+        for label, (method, options) in {**ROUNDED, RPTQS: ("rptq", ())}.items()
     ]
     made["learned"] = [
         job(args, "learned", label, "rptq", "w4a4", options, args.epochs) for label, options in LEARNED.items()
+    ]
+    made["codes"] = [
+        job(args, "codes", f"{scheme[:2].upper()}: {label}", method, scheme, options, count)
+        for scheme in ("w3a16g64", "w2a16g64")
+        for label, (method, options) in CODES.items()
+        for count in (0 if method == "gptq" else args.short_epochs,)
     ]
     made["tiny"] = [made["grid"][3], made["clusters"][0], made["ranges"][0], made["weights"][3], made["learned"][1]]
     return rows.shared_last([job for plan in args.plans for job in made[plan]], args)
 
 
+def main(arguments: list[str] | None = None) -> int:
+    def more(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--short_epochs", type=int, default=5, help="where weights alone are rounded, for `codes`")
+
+    return rows.main(__doc__, PLANS, planned, arguments, more)
+
+
 if __name__ == "__main__":
-    sys.exit(rows.main(__doc__, PLANS, planned))
+    sys.exit(main())

@@ -4,7 +4,7 @@
     python benchmarks/rptq_tables.py FILE.jsonl --docs docs/methods/rptq.md
 
 The second puts each table between the lines <!-- begin: NAME --> and <!-- end: NAME --> of the Markdown file that has
-them, NAME being grid, clusters, ranges, weights or learned; a table without rows leaves what is there.
+them, NAME being grid, clusters, ranges, weights, learned or codes; a table without rows leaves what is there.
 """
 
 from __future__ import annotations
@@ -17,10 +17,19 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.abq_tables import Row, Tables, bits, ppl_cells, run, texts_of  # noqa: E402
 from benchmarks.calibration_tables import markdown  # noqa: E402
-from benchmarks.rptq import KINDS, PLANS, SCHEMES  # noqa: E402
+from benchmarks.rptq import CODES, COUNTS, KINDS, LEARNED, PLANS, RANGES, ROUNDED, RPTQS, SCHEMES  # noqa: E402
 from benchmarks.tables import NONE  # noqa: E402
 
 RECIPE = ("W4A4: rptq", "W4A4: rptq, ranges by mse")
+ORDER = [
+    *RECIPE,
+    *map(str, COUNTS),
+    *RANGES,
+    *(f"{bits}: {label}" for bits in ("W4", "W3") for label in (*ROUNDED, RPTQS)),
+    *LEARNED,
+    *(f"{bits}: {label}" for bits in ("W3", "W2") for label in CODES),
+]
+"""Of lines in a table: rows come as they were ready."""
 
 
 def grid_table(rows: list[Row]) -> str:
@@ -43,9 +52,9 @@ def _bits(by_label: dict[str, Row], name: str) -> str:
 
 
 def plain_table(rows: list[Row]) -> str:
-    """A line each, as they come; those of the grid, which stand beside them, first."""
+    """A line each, in the plan's order; those of the grid, which stand beside them, first."""
     texts = texts_of(rows)
-    shown = sorted(rows, key=lambda row: row["plan"] != "grid")
+    shown = sorted(rows, key=lambda row: ORDER.index(row["label"]))
     lines = [[row["label"], str(row["epochs"]), bits(row), *ppl_cells(row, texts)] for row in shown]
     return markdown(["", "epochs", "bits per weight", *(f"{text} ppl" for text in texts)], lines, words=1)
 
@@ -61,6 +70,7 @@ TABLES: Tables = {
     "ranges": (beside_recipe, ("grid",)),
     "weights": (plain_table, ()),
     "learned": (beside_recipe, ("grid",)),
+    "codes": (plain_table, ()),
 }
 
 

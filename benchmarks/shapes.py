@@ -193,12 +193,12 @@ def _write_tensors(path: Path, tensors: dict[str, tuple[int, ...]], normal: torc
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    drawn = memoryview(normal.view(torch.uint8).numpy())
+    drawn = memoryview(normal.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for place, shape in enumerate(tensors.values()):
             if len(shape) == 1:
-                file.write(memoryview(torch.ones(shape, dtype=torch.bfloat16).view(torch.uint8).numpy()))
+                file.write(torch.ones(shape, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes())
                 continue
             offset, left = 2 * (1_000_003 * (16 * number + place + 1) % DRAWN), 2 * math.prod(shape)
             while left:

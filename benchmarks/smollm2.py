@@ -151,12 +151,12 @@ def read_model(gguf: Path) -> LlamaForCausalLM:
     from transformers import AutoConfig, LlamaForCausalLM
 
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()  # pyright: ignore[reportArgumentType]
     stored = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            tensor = stored.pop(names.get_name(name, try_suffixes=(".weight",)))
+            tensor = stored.pop(str(names.get_name(name, try_suffixes=(".weight",))))
             weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 # GGUF keeps the two halves of each rotary pair side by side; Hugging Face half a head apart.

@@ -384,8 +384,12 @@ def test_adaptation_on_the_gpu_equals_that_on_the_cpu(tmp_path: Path, stories_di
         )
         found[device] = json.loads((tmp_path / f"{device}.json").read_text())["tta"]
     for name, adapted in found["gpu"].items():
-        assert adapted["ppl"]["tiny"] != adapted["without"]["tiny"]
-        assert adapted["ppl"]["tiny"] == pytest.approx(found["cpu"][name]["ppl"]["tiny"], rel=5e-3)
+        cpu = found["cpu"][name]
+        assert adapted["without"]["tiny"] == pytest.approx(cpu["without"]["tiny"], rel=1e-5)
+        # On a CPU, noise of 3e-7 in every product moves `best`, whose four blocks learn much, by up to 0.4 %, and the
+        # others by up to 0.04 %. It gains 14 % here, they 2 to 3.
+        assert adapted["ppl"]["tiny"] == pytest.approx(cpu["ppl"]["tiny"], rel=2e-2 if name == "best" else 3e-3)
+        assert adapted["ppl"]["tiny"] < adapted["without"]["tiny"] * 0.99
 
 
 def test_tasks_are_adapted_to_on_the_gpu(tmp_path: Path, stories_dir: Path, shared_dir: Path) -> None:

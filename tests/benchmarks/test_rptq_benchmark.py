@@ -19,7 +19,7 @@ from tests.benchmarks.test_lrquant_benchmark import cells
 from tests.words import save_source, save_text
 
 ROOT = Path(__file__).parents[2]
-PLANS = ("grid", "clusters", "ranges", "weights", "learned")
+PLANS = ("grid", "clusters", "ranges", "weights", "learned", "codes")
 
 
 def test_each_row_has_a_name_and_each_calibration_one_command() -> None:
@@ -36,7 +36,10 @@ def test_each_row_has_a_name_and_each_calibration_one_command() -> None:
     assert {label.partition(": ")[0] for label in labels} == set(rptq.SCHEMES)
     for name in rptq.SCHEMES:
         assert {f"{name}: rptq", f"{name}: not reordered", f"{name}: rtn, a grid for each tensor"} <= labels
-    assert {job.run.epochs for job in jobs if job.plan != "learned"} == {0}
+    assert {job.run.epochs for job in jobs if job.plan not in ("learned", "codes")} == {0}
+    assert {job.label for job in jobs if job.plan != "grid"} < set(rptq_tables.ORDER)
+    learned = {job.run.method: job.run.epochs for job in jobs if job.plan == "codes"}
+    assert learned == {"gptq": 0, "omniquant": args.short_epochs}
 
 
 def test_nothing_is_reordered_where_the_label_says_so() -> None:
@@ -58,12 +61,16 @@ def test_its_command_is_taken(job: Any, tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_tables() -> None:
     found = [row("grid", f"W4A4: {kind}", "w4a4", "rptq", bits_per_weight=4.2) for kind in rptq.KINDS]
     found.append(row("clusters", "8", "w4a4", "rptq", bits_per_weight=4.1, ppl={"a": 9.0, "b": 8.0}))
+    found.append(row("clusters", "4", "w4a4", "rptq", bits_per_weight=4.1, ppl={"a": 9.5, "b": 8.5}))
     found.append(row("ranges", "minmax", "w4a4", "rptq", bits_per_weight=4.2, ppl={"a": 7.0, "b": 6.0}))
     made = tables(found, rptq_tables.TABLES)
     grid = cells(made["grid"])
     assert grid[0] == ["a ppl", *rptq.KINDS, "bits per weight, rptq"]
     assert grid[2] == ["W4A4", *["100.0"] * 5, "4.200"]
-    assert cells(made["clusters"])[2:] == [["8", "20", "4.100", "9.000", "8.000"]]
+    assert cells(made["clusters"])[2:] == [
+        ["4", "20", "4.100", "9.500", "8.500"],
+        ["8", "20", "4.100", "9.000", "8.000"],
+    ]
     assert [line[0] for line in cells(made["ranges"])[2:]] == ["W4A4: rptq", "W4A4: rptq, ranges by mse", "minmax"]
 
 
