@@ -146,7 +146,7 @@ def plain_table(rows: list[Row]) -> str:
     """A row each: scheme, what differs, true bits, perplexities."""
     texts = texts_of(rows)
     order = {scheme: place for place, scheme in enumerate(("w2a8", "w2ba8", "w2a16", "w3a16", "w4a16"))}
-    shown = sorted(rows, key=lambda row: (order.get(row["scheme"], 9), row["method"], row["plan"] != "grid"))
+    shown = sorted(rows, key=lambda r: (order.get(r["scheme"], 9), r["method"], r["plan"] != "grid", r["label"]))
     lines = [[row["scheme"], row["label"], str(row["epochs"]), bits(row), *ppl_cells(row, texts)] for row in shown]
     return markdown(
         ["scheme", "bits or start", "epochs", "bits per weight", *(f"{t} ppl" for t in texts)], lines, words=2

@@ -157,6 +157,7 @@ class Bench:
             **self.machine,
             "fit": {**of_fit["fit"], **{key: "MODEL" for key in ("source", "original") if key in of_fit["fit"]}},
             **{key: of_fit[key] for key in SIZES if key in of_fit},
+            **_chosen(of_fit),
             **json.loads(found.read_text(encoding="utf-8")),
             **restored,
             **job.more(),
@@ -207,6 +208,13 @@ class Bench:
         for file in getattr(self.args, "learn", ()):  # in a list
             words = [word.replace(file, Path(file).name) for word in words]
         return portable(words, argparse.Namespace(model=str(self.args.model)), folder)
+
+
+def _chosen(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What a budget of bits came to, but for the layers' own."""
+    if "bits" not in metrics:
+        return {}
+    return {"bits": {key: value for key, value in metrics["bits"].items() if key != "layers"}}
 
 
 def said(row: dict[str, Any]) -> str:

@@ -102,7 +102,8 @@ def test_with_several_gpus_rows_are_spread_over_them(monkeypatch: pytest.MonkeyP
             seen.append(environment["CUDA_VISIBLE_DEVICES"])
             run = Path(options(command, "--trainer.default_root_dir")[0])
             run.mkdir(parents=True)
-            (run / "metrics.json").write_text(json.dumps({"fit": {"blocks": 5}, "bits_per_weight": 4.1}))
+            bits = {"divergence": 1.5, "layers": {"0.q_proj": 3}}
+            (run / "metrics.json").write_text(json.dumps({"fit": {"blocks": 5}, "bits": bits}))
         else:
             Path(options(command, "--json")[0]).write_text(json.dumps({"ppl": {"a": 2.0}}))
         return True
@@ -113,7 +114,9 @@ def test_with_several_gpus_rows_are_spread_over_them(monkeypatch: pytest.MonkeyP
     assert abq.main(["grid", *places, "--calibration", "wiki=wiki.txt", "--text", "a=a.txt"]) == 0
     assert sorted(set(seen)) == ["0", "1"]
     assert len(seen) == 18
-    assert len(abq_tables.read_rows([tmp_path / "r.jsonl"])) == 18
+    found = abq_tables.read_rows([tmp_path / "r.jsonl"])
+    assert len(found) == 18
+    assert found[0]["bits"] == {"divergence": 1.5}
 
 
 # Tables
