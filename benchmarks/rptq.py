@@ -90,6 +90,8 @@ CODES: dict[str, tuple[str, tuple[str, ...]]] = {
     "omniquant, clipped on inputs": ("omniquant", BEGUN),
     "omniquant, gptq": ("omniquant", BY_GPTQ),
     "omniquant, gptq, clipped on inputs": ("omniquant", (*BY_GPTQ, *BEGUN)),
+    "abq, clipped on inputs": ("abq", BEGUN),
+    "abq, gptq, clipped on inputs": ("abq", (*BY_GPTQ, *BEGUN)),
 }
 PLANS = ("grid", "clusters", "ranges", "weights", "learned", "codes", "tiny")
 

@@ -39,7 +39,7 @@ def test_each_row_has_a_name_and_each_calibration_one_command() -> None:
     assert {job.run.epochs for job in jobs if job.plan not in ("learned", "codes")} == {0}
     assert {job.label for job in jobs if job.plan != "grid"} < set(rptq_tables.ORDER)
     learned = {job.run.method: job.run.epochs for job in jobs if job.plan == "codes"}
-    assert learned == {"gptq": 0, "omniquant": args.short_epochs}
+    assert learned == {"gptq": 0, "omniquant": args.short_epochs, "abq": args.short_epochs}
 
 
 def test_nothing_is_reordered_where_the_label_says_so() -> None:
