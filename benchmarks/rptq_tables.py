@@ -1,7 +1,7 @@
 """Tables of the results that `benchmarks/rptq.py` writes; needs no GPU.
 
     python benchmarks/rptq_tables.py FILE.jsonl ...
-    python benchmarks/rptq_tables.py FILE.jsonl --docs docs/methods/rptq.md
+    python benchmarks/rptq_tables.py FILE.jsonl ... --docs docs/methods/rptq.md (or gptq.md)
 
 The second puts each table between the lines <!-- begin: NAME --> and <!-- end: NAME --> of the Markdown file that has
 them, NAME being grid, clusters, ranges, weights, learned or codes; a table without rows leaves what is there.

@@ -50,4 +50,6 @@ def plain_message(message: str) -> str:
     ):
         reasons = found[2].replace(" - Expected a <class 'NoneType'>", "")
         text = f"{found[1] + '=' if found[1] else ''}{text.rpartition(' Given value: ')[2]}: {reasons}"
+    if found := re.match(r"(\S+=\{'init_args': .*\}): Not a valid subclass", text):
+        return f"{found[1]}: no part is named before these settings of one; put the method first, as -c methods/abq"
     return text + remedy

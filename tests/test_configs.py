@@ -216,13 +216,27 @@ def test_ptq161_takes_no_other_format(build: Any, capsys: pytest.CaptureFixture[
     assert "salient=0.2 with bits=4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - NOTHING_LEARNED - {"ptq161"}))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"ptq161"}))
 def test_low_bits_change_where_clipping_begins_and_nothing_else(build: Any, method: str) -> None:
+    """Also with GPTQ's codes, and with clipping that nothing learns."""
     one, _, _ = build(f"methods/{method}", "schemes/w3a16")
     two, _, _ = build(f"methods/{method}", "schemes/w3a16", "presets/low_bits")
     assert one.identity()["weight_quantizer"]["initial"] == 4.0
-    one.weight_quantizer.initial = "search_on_inputs"
+    assert one.weight_quantizer.clip == (method not in NOTHING_LEARNED)
+    one.weight_quantizer.clip, one.weight_quantizer.initial = True, "search_on_inputs"
     assert two.identity() == one.identity()
+
+
+def test_low_bits_come_after_the_method(build: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(AssertionError):
+        build("presets/low_bits", "methods/omniquant", "schemes/w3a16")
+    assert "put the method first, as -c methods/abq" in capsys.readouterr().err
+
+
+def test_low_bits_are_not_for_signs(build: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(AssertionError):
+        build("methods/ptq161", "schemes/w1.61a16", "presets/low_bits")
+    assert "'clip' is not accepted" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"ptq161"}))

@@ -59,13 +59,28 @@ def fit(run_dir: Path, source: Path, text: Path, *extra: str) -> dict:
 
 
 def test_a_run_on_the_gpu_equals_one_on_the_cpu(tmp_path: Path, stories_dir: Path, shared_dir: Path) -> None:
+    """With rounded activations in its first block: last bits jump to other codes, and on a CPU noise of 3e-7 in every
+    product takes the perplexity anywhere between 11.9 and 13.2."""
     text = shared_dir / "data/text/tinystories-test.jsonl"
-    gpu = fit(tmp_path / "gpu", stories_dir, text, "--trainer.accelerator", "gpu", "--model.matmul", "highest")
-    cpu = fit(tmp_path / "cpu", stories_dir, text, "--trainer.accelerator", "cpu")
+    exact = ("--model.matmul", "highest")
+    gpu, cpu = (
+        fit(tmp_path / device, stories_dir, text, "--trainer.accelerator", device, *exact) for device in ("gpu", "cpu")
+    )
     assert gpu["fit"]["device"] == torch.cuda.get_device_name(0)
     assert gpu["fit"]["peak_gpu_bytes"] > 0
     assert gpu["bits_per_weight"] == cpu["bits_per_weight"]
-    assert gpu["ppl"]["tiny"] == pytest.approx(cpu["ppl"]["tiny"], rel=0.05)
+    first, other = (blocks_noted(tmp_path / device)[0] for device in ("gpu", "cpu"))
+    assert first["loss_start"] == pytest.approx(other["loss_start"], rel=1e-4)
+    assert first["loss"] == pytest.approx(other["loss"], rel=1e-2)
+    assert first["loss"] < first["loss_start"] * 0.99
+    gpu, cpu = (
+        fit(
+            *(tmp_path / f"weights-{device}", stories_dir, text, "--trainer.accelerator", device, *exact),
+            *("-c", "schemes/w3a16"),
+        )
+        for device in ("gpu", "cpu")
+    )
+    assert gpu["ppl"]["tiny"] == pytest.approx(cpu["ppl"]["tiny"], rel=1e-2)
     for device in ("cpu", "cuda"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "gpu/model", dtype=torch.float32).to(device)
         ids = torch.arange(3, 99, device=device)[None]
@@ -240,16 +255,19 @@ def test_a_captured_run_that_is_killed_goes_on(tmp_path: Path, stories_dir: Path
 def test_streams_on_the_host_give_what_those_on_the_gpu_give(
     tmp_path: Path, stories_dir: Path, shared_dir: Path
 ) -> None:
-    """Three streams of 4,096 windows are 384 MiB; of the 950 MiB, 600 MiB are kept for CUDA itself."""
+    """Three streams of 16,384 windows are 1.5 GiB; of the 950 MiB, 600 MiB are kept for CUDA itself.
+
+    From the host, passes copy 64 MiB at a time, and two batches of each stream are under way: 384 MiB.
+    """
     text = shared_dir / "data/text/tinystories-test.jsonl"
-    more = ("--data.samples", "4096", "--data.batch_size", "16", "--trainer.max_epochs", "1")
+    more = ("--data.samples", "16384", "--data.batch_size", "16", "--trainer.max_epochs", "1")
     for name, memory in (("gpu", ()), ("host", ("--data.memory", "950MiB"))):
         assert "engine:" not in fitted(fit_command(tmp_path / name, stories_dir, text, *more, *memory, scheme="w3a16"))
     assert_close_losses(tmp_path / "host", tmp_path / "gpu", 1e-2)
     first, other = (blocks_noted(tmp_path / name)[0] for name in ("host", "gpu"))
     assert first["loss_start"] == pytest.approx(other["loss_start"], rel=1e-4)  # nothing is learned in it
     on_host, on_gpu = (fit_metrics(tmp_path / name)["peak_gpu_bytes"] for name in ("host", "gpu"))
-    assert on_host + 2 * 4096 * 128 * 64 * 4 < on_gpu
+    assert on_host + 2 * 16384 * 128 * 64 * 4 < on_gpu
 
 
 def test_too_little_memory_is_said_before_the_run(stories_dir: Path, tmp_path: Path) -> None:
