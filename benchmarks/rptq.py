@@ -3,7 +3,8 @@
     python benchmarks/rptq.py grid clusters ranges weights learned codes --model DIR --calibration NAME=FILE \\
         --text wikitext2=wikitext2-test.txt --text c4=c4-train.jsonl --jobs 8 --work /tmp/rptq --results FILE.jsonl
 
-`benchmarks/rows.py` says how rows are made. `benchmarks/rptq_tables.py` makes the tables of docs/methods/rptq.md and gptq.md.
+`benchmarks/rows.py` says how rows are made. `benchmarks/rptq_tables.py` makes the tables of docs/methods/rptq.md and
+gptq.md.
 
 Plans:
     grid      schemes, with reordering and without, by fixed grids and dynamic ones

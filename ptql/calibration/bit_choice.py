@@ -44,6 +44,8 @@ def with_chosen_bits(trainer: BlockTrainer, model: QuantLM, plan: Plan) -> Plan:
         return plan
     manifest = trainer.ledger.manifest
     if not trainer.ranks.all("bits" in manifest):
+        if trainer.is_global_zero and not model.weight_quantizer.begins_on_inputs:
+            print("ptql: bits: choices are better where clipping begins on inputs: -c presets/low_bits")
         manifest["bits"] = _Choosing(trainer, model, plan, bits).chosen()
         give_back_memory()
         if trainer.is_global_zero:

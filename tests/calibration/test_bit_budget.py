@@ -291,6 +291,16 @@ def test_lines_while_measuring(
     assert "bits:" not in capsys.readouterr().err
 
 
+def test_a_better_start_is_named_where_it_is_not_taken(
+    places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for name, start in (("usual", ()), ("inputs", ("-c", "presets/low_bits"))):
+        assert main(arguments(places, tmp_path / name, "--bits_budget", "3", *start)) == 0
+        said.append("clipping begins on inputs: -c presets/low_bits" in capsys.readouterr().out)
+    assert said == [True, False]
+
+
 # What is refused
 
 CLUSTERED = ("--model.transforms", '["ptql.parts.transforms.Permute"]', "--model.layers")
