@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import rows  # noqa: E402
+from benchmarks.abq import ON_INPUTS  # noqa: E402
 from benchmarks.accuracy import Run  # noqa: E402
 
 CACHE = "--model.activation.kv_bits"
@@ -43,7 +44,9 @@ SCHEMES: dict[str, tuple[str, tuple[str, ...]]] = {
 """As the paper calls them; with KV at the end, keys and values alone."""
 FIXED = ("--model.activation_quantizer", "StaticClusters", "--model.activation_quantizer.ranges", "minmax")
 PLAIN = ("--model.transforms", "[]", "--model.weight.clustered", "false")
-KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+Kinds = dict[str, tuple[str, tuple[str, ...]]]
+"""Method and options, by what they are called."""
+KINDS: Kinds = {
     "rptq": ("rptq", ()),
     "rptq, ranges by mse": ("rptq", ("--model.activation_quantizer.ranges", "mse")),
     "not reordered": ("rptq", PLAIN),
@@ -57,8 +60,8 @@ RANGES: dict[str, tuple[str, ...]] = {
 }
 """Each beside the recipe, whose row is in `grid`, as is that of `mse`."""
 GROUPS = ("--model.weight.group_size", "64")
-CLIPPED = ("--model.weight_quantizer.clip", "true", "--model.weight_quantizer.initial", "search_on_inputs")
-ROUNDED: dict[str, tuple[str, tuple[str, ...]]] = {
+CLIPPED = ("--model.weight_quantizer.clip", "true", *ON_INPUTS)
+ROUNDED: Kinds = {
     "rtn, a scale for each row": ("rtn", ()),
     "rtn, a scale for each row, clipped on inputs": ("rtn", CLIPPED),
     "rtn, groups of 64": ("rtn", GROUPS),
@@ -68,8 +71,8 @@ ROUNDED: dict[str, tuple[str, tuple[str, ...]]] = {
     "gptq, groups of 64": ("gptq", GROUPS),
     "gptq, groups of 64, clipped on inputs": ("gptq", (*GROUPS, *CLIPPED)),
     "gptq, groups of 64, in order": ("gptq", (*GROUPS, "--model.weight_quantizer.act_order", "false")),
+    "rptq's: gptq, scales of clusters": ("rptq", ()),
 }
-RPTQS = "rptq's: gptq, scales of clusters"
 LATER = ({"class_path": "ptql.parts.transforms.Permute"}, {"class_path": "ptql.parts.transforms.Smooth"})
 LEARNED: dict[str, tuple[str, ...]] = {
     "clipping": ("--model.weight_quantizer", "Affine", "--model.weight_quantizer.clip", "true"),
@@ -82,18 +85,30 @@ LEARNED: dict[str, tuple[str, ...]] = {
         *("--model.weight_quantizer.clip", "true"),
     ),
 }
-BEGUN = ("--model.weight_quantizer.initial", "search_on_inputs")
 BY_GPTQ = ("--model.weight_quantizer", "Gptq")
-CODES: dict[str, tuple[str, tuple[str, ...]]] = {
+CODES: Kinds = {
     "gptq": ("gptq", ()),
     "gptq, clipped on inputs": ("gptq", CLIPPED),
     "omniquant": ("omniquant", ()),
-    "omniquant, clipped on inputs": ("omniquant", BEGUN),
+    "omniquant, clipped on inputs": ("omniquant", ON_INPUTS),
     "omniquant, gptq": ("omniquant", BY_GPTQ),
-    "omniquant, gptq, clipped on inputs": ("omniquant", (*BY_GPTQ, *BEGUN)),
-    "abq, clipped on inputs": ("abq", BEGUN),
-    "abq, gptq, clipped on inputs": ("abq", (*BY_GPTQ, *BEGUN)),
+    "omniquant, gptq, clipped on inputs": ("omniquant", (*BY_GPTQ, *ON_INPUTS)),
+    "abq, clipped on inputs": ("abq", ON_INPUTS),
+    "abq, gptq, clipped on inputs": ("abq", (*BY_GPTQ, *ON_INPUTS)),
 }
+
+
+def by_width(kinds: Kinds, *schemes: str) -> dict[str, tuple[str, str, tuple[str, ...]]]:
+    """Each kind with each scheme, called by the width: method, scheme, options."""
+    return {
+        f"{scheme[:2].upper()}: {label}": (method, scheme, options)
+        for scheme in schemes
+        for label, (method, options) in kinds.items()
+    }
+
+
+WEIGHTS = by_width(ROUNDED, "w4a16", "w3a16")
+GROUPED = by_width(CODES, "w3a16g64", "w2a16g64")
 PLANS = ("grid", "clusters", "ranges", "weights", "learned", "codes", "tiny")
 
 
@@ -135,19 +150,12 @@ def planned(args: argparse.Namespace) -> list[rows.Job]:
     """The rows of all plans."""
     made = {"grid": grid_jobs(args), "clusters": cluster_jobs(args)}
     made["ranges"] = [job(args, "ranges", label, "rptq", "w4a4", options) for label, options in RANGES.items()]
-    made["weights"] = [
-        job(args, "weights", f"{scheme[:2].upper()}: {label}", method, scheme, options)
-        for scheme in ("w4a16", "w3a16")
-        for label, (method, options) in {**ROUNDED, RPTQS: ("rptq", ())}.items()
-    ]
+    made["weights"] = [job(args, "weights", label, *how) for label, how in WEIGHTS.items()]
     made["learned"] = [
         job(args, "learned", label, "rptq", "w4a4", options, args.epochs) for label, options in LEARNED.items()
     ]
     made["codes"] = [
-        job(args, "codes", f"{scheme[:2].upper()}: {label}", method, scheme, options, count)
-        for scheme in ("w3a16g64", "w2a16g64")
-        for label, (method, options) in CODES.items()
-        for count in (0 if method == "gptq" else args.short_epochs,)
+        job(args, "codes", label, *how, 0 if how[0] == "gptq" else args.short_epochs) for label, how in GROUPED.items()
     ]
     made["tiny"] = [made["grid"][3], made["clusters"][0], made["ranges"][0], made["weights"][3], made["learned"][1]]
     return rows.shared_last([job for plan in args.plans for job in made[plan]], args)

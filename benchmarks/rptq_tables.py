@@ -17,18 +17,11 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.abq_tables import Row, Tables, bits, ppl_cells, run, texts_of  # noqa: E402
 from benchmarks.calibration_tables import markdown  # noqa: E402
-from benchmarks.rptq import CODES, COUNTS, KINDS, LEARNED, PLANS, RANGES, ROUNDED, RPTQS, SCHEMES  # noqa: E402
+from benchmarks.rptq import COUNTS, GROUPED, KINDS, LEARNED, PLANS, RANGES, SCHEMES, WEIGHTS  # noqa: E402
 from benchmarks.tables import NONE  # noqa: E402
 
 RECIPE = ("W4A4: rptq", "W4A4: rptq, ranges by mse")
-ORDER = [
-    *RECIPE,
-    *map(str, COUNTS),
-    *RANGES,
-    *(f"{bits}: {label}" for bits in ("W4", "W3") for label in (*ROUNDED, RPTQS)),
-    *LEARNED,
-    *(f"{bits}: {label}" for bits in ("W3", "W2") for label in CODES),
-]
+ORDER = [*RECIPE, *map(str, COUNTS), *RANGES, *WEIGHTS, *LEARNED, *GROUPED]
 """Of lines in a table: rows come as they were ready."""
 
 

@@ -62,10 +62,15 @@ def test_a_run_on_the_gpu_equals_one_on_the_cpu(tmp_path: Path, stories_dir: Pat
     """With rounded activations in its first block: last bits jump to other codes, and on a CPU noise of 3e-7 in every
     product takes the perplexity anywhere between 11.9 and 13.2."""
     text = shared_dir / "data/text/tinystories-test.jsonl"
-    exact = ("--model.matmul", "highest")
-    gpu, cpu = (
-        fit(tmp_path / device, stories_dir, text, "--trainer.accelerator", device, *exact) for device in ("gpu", "cpu")
-    )
+
+    def both(prefix: str, *more: str) -> list[dict]:
+        exact = ("--model.matmul", "highest", *more)
+        return [
+            fit(tmp_path / f"{prefix}{device}", stories_dir, text, "--trainer.accelerator", device, *exact)
+            for device in ("gpu", "cpu")
+        ]
+
+    gpu, cpu = both("")
     assert gpu["fit"]["device"] == torch.cuda.get_device_name(0)
     assert gpu["fit"]["peak_gpu_bytes"] > 0
     assert gpu["bits_per_weight"] == cpu["bits_per_weight"]
@@ -73,13 +78,7 @@ def test_a_run_on_the_gpu_equals_one_on_the_cpu(tmp_path: Path, stories_dir: Pat
     assert first["loss_start"] == pytest.approx(other["loss_start"], rel=1e-4)
     assert first["loss"] == pytest.approx(other["loss"], rel=1e-2)
     assert first["loss"] < first["loss_start"] * 0.99
-    gpu, cpu = (
-        fit(
-            *(tmp_path / f"weights-{device}", stories_dir, text, "--trainer.accelerator", device, *exact),
-            *("-c", "schemes/w3a16"),
-        )
-        for device in ("gpu", "cpu")
-    )
+    gpu, cpu = both("weights-", "-c", "schemes/w3a16")
     assert gpu["ppl"]["tiny"] == pytest.approx(cpu["ppl"]["tiny"], rel=1e-2)
     for device in ("cpu", "cuda"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "gpu/model", dtype=torch.float32).to(device)

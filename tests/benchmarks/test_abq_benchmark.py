@@ -13,6 +13,7 @@ import yaml
 
 from benchmarks import abq, abq_tables, rows
 from benchmarks.accuracy import fit_command
+from tests.benchmarks.pages import assert_filled, results
 from tests.benchmarks.test_lrquant_benchmark import cells
 
 ROOT = Path(__file__).parents[2]
@@ -182,12 +183,8 @@ def test_a_start_stands_beside_the_usual_one_only() -> None:
 
 
 def test_the_pages_tables_are_those_of_the_results(tmp_path: Path) -> None:
-    files = sorted((ROOT / "benchmarks/results").glob("abq-*.jsonl"))
-    for page in (ROOT / "docs/methods/abq.md", ROOT / "docs/schemes.md"):
-        copy = tmp_path / page.name
-        copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
-        abq_tables.main([*map(str, files), "--docs", str(copy)])
-        assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+    for page in ("docs/methods/abq.md", "docs/schemes.md"):
+        assert_filled(page, tmp_path, lambda copy: abq_tables.main([*results("abq-*.jsonl"), "--docs", copy]))
 
 
 @pytest.mark.parametrize("line", ["{}", "no JSON", '{"plan": "other", "name": "x", "machine": "y"}'])

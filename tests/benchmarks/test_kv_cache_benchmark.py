@@ -11,11 +11,10 @@ from transformers import DynamicCache
 
 from benchmarks import kv_cache
 from ptql import PackedCache
+from tests.benchmarks.pages import assert_filled, in_one
 from tests.benchmarks.test_lrquant_benchmark import cells
 from tests.models import CONFIGS, random_model, some_ids
 from tests.words import save_source, save_text
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_perplexity_through_a_cache_is_that_of_the_whole_window() -> None:
@@ -60,14 +59,8 @@ def test_words_that_two_texts_begin_with() -> None:
 
 
 def test_the_page_has_what_the_results_say(tmp_path: Path) -> None:
-    files = sorted((ROOT / "benchmarks/results").glob("kv-cache-*.jsonl"))
-    assert files
-    page = ROOT / "docs/transformers.md"
-    copy, both = tmp_path / "page.md", tmp_path / "all.jsonl"
-    copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
-    both.write_text("".join(file.read_text(encoding="utf-8") for file in files), encoding="utf-8")
-    kv_cache.main(["--results", str(both), "--docs", str(copy)])
-    assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+    rows = in_one("kv-cache-*.jsonl", tmp_path)
+    assert_filled("docs/transformers.md", tmp_path, lambda copy: kv_cache.main(["--results", rows, "--docs", copy]))
 
 
 def test_bytes_of_none() -> None:

@@ -13,11 +13,11 @@ from benchmarks import ptq161, ptq161_tables
 from benchmarks.abq_tables import read_rows, tables
 from benchmarks.accuracy import fit_command
 from ptql.cli import main
+from tests.benchmarks.pages import assert_filled, results
 from tests.benchmarks.test_abq_benchmark import arguments, row
 from tests.benchmarks.test_lrquant_benchmark import cells
 from tests.words import save_source, save_text
 
-ROOT = Path(__file__).parents[2]
 PLANS = ("parts", "baselines", "ablations")
 
 
@@ -62,11 +62,5 @@ def test_a_foreign_line_is_named(tmp_path: Path) -> None:
 
 
 def test_the_page_has_what_the_results_say(tmp_path: Path) -> None:
-    files = sorted((ROOT / "benchmarks/results").glob("ptq161-*.jsonl"))
-    if not files:
-        pytest.skip("no results yet")
-    page = ROOT / "docs/methods/ptq161.md"
-    copy = tmp_path / "page.md"
-    copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
-    ptq161_tables.main([*map(str, files), "--docs", str(copy)])
-    assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+    files = results("ptq161-*.jsonl")
+    assert_filled("docs/methods/ptq161.md", tmp_path, lambda copy: ptq161_tables.main([*files, "--docs", copy]))

@@ -14,11 +14,11 @@ from benchmarks import clustering, rptq, rptq_tables
 from benchmarks.abq_tables import read_rows, tables
 from benchmarks.accuracy import fit_command
 from ptql.cli import main
+from tests.benchmarks.pages import assert_filled, in_one, results
 from tests.benchmarks.test_abq_benchmark import arguments, options, row
 from tests.benchmarks.test_lrquant_benchmark import cells
 from tests.words import save_source, save_text
 
-ROOT = Path(__file__).parents[2]
 PLANS = ("grid", "clusters", "ranges", "weights", "learned", "codes")
 
 
@@ -81,20 +81,16 @@ def test_a_foreign_line_is_named(tmp_path: Path) -> None:
         read_rows([file], rptq.PLANS, "benchmarks/rptq.py")
 
 
-@pytest.mark.parametrize("name", ["rptq", "gptq"])
-def test_the_page_has_what_the_results_say(tmp_path: Path, name: str) -> None:
-    files = sorted((ROOT / "benchmarks/results").glob("rptq-*.jsonl"))
-    assert files
-    page = ROOT / f"docs/methods/{name}.md"
-    copy = tmp_path / "page.md"
-    copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
-    rptq_tables.main([*map(str, files), "--docs", str(copy)])
-    timed = tmp_path / "clustering.jsonl"
-    found = sorted((ROOT / "benchmarks/results").glob("clustering-*.jsonl"))
-    timed.write_text("".join(file.read_text(encoding="utf-8") for file in found), encoding="utf-8")
-    if name == "rptq":
-        clustering.main(["--results", str(timed), "--docs", str(copy)])
-    assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+def test_the_pages_have_what_the_results_say(tmp_path: Path) -> None:
+    def filled(copy: str) -> None:
+        rptq_tables.main([*results("rptq-*.jsonl"), "--docs", copy])
+
+    timed = in_one("clustering-*.jsonl", tmp_path)
+    assert_filled("docs/methods/gptq.md", tmp_path, filled)
+    assert_filled(
+        *("docs/methods/rptq.md", tmp_path, filled),
+        lambda copy: clustering.main(["--results", timed, "--docs", copy]),
+    )
 
 
 def test_clustering_is_timed_beside_the_originals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
